@@ -1,0 +1,57 @@
+"""The `mxmoe` dialect on xDSL: schemes, tables and tiles; the ops of a block; its four stages; its text."""
+
+from xdsl.dialects.builtin import ModuleOp
+
+from mxmoe.ir.attrs import RoutingType, SchemeAttr, TableAttr, TileAttr
+from mxmoe.ir.build import Bank, BankShape, BlockShape, banks, build_module, linears, moe_ops
+from mxmoe.ir.ops import (
+    BANKS,
+    MXMOE,
+    ROLES,
+    ActOp,
+    CombineOp,
+    GroupGemmOp,
+    LinearOp,
+    MoeOp,
+    RouteOp,
+    YieldOp,
+)
+from mxmoe.ir.scheme import Scheme
+from mxmoe.ir.stages import RULES, STAGES, Stage
+from mxmoe.ir.table import Table
+from mxmoe.ir.text import context, parse_ir, print_ir
+from mxmoe.ir.tile import Tile
+
+__all__ = [
+    "BANKS",
+    "MXMOE",
+    "ROLES",
+    "RULES",
+    "STAGES",
+    "ActOp",
+    "Bank",
+    "BankShape",
+    "BlockShape",
+    "CombineOp",
+    "GroupGemmOp",
+    "LinearOp",
+    "ModuleOp",
+    "MoeOp",
+    "RouteOp",
+    "RoutingType",
+    "Scheme",
+    "SchemeAttr",
+    "Stage",
+    "Table",
+    "TableAttr",
+    "Tile",
+    "TileAttr",
+    "YieldOp",
+    "banks",
+    "build_module",
+    "context",
+    "linears",
+    "moe_ops",
+    "parse_ir",
+    "print_ir",
+]
