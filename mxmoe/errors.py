@@ -77,3 +77,270 @@ class BadText(MxmoeError):
     """Text that is no module of this dialect, or a module that its stage forbids."""
 
     message = "{name} is not a valid module:\n{reason}"
+
+
+# Devices and cost models
+
+
+class BadDevice(MxmoeError):
+    """A device row with a figure that cannot be, or that has no source."""
+
+    message = "the device row {device!r} cannot be: {reason}"
+
+
+class BadWorkload(MxmoeError):
+    """Token counts, frequencies or sizes that no launch can have."""
+
+    message = "cannot cost this workload: {reason}"
+
+
+class BadProfile(MxmoeError):
+    """A measured profile whose fields or figures do not fit together."""
+
+    message = "the profile {path} is not valid: {reason}; mxmoe/cost/data/README.md says what each field holds"
+
+
+class NoProfile(MxmoeError):
+    """A measured cost model was asked for a device that nobody measured."""
+
+    message = "no measured profile for {device!r} (there is one for {known}); use the roofline cost model there"
+
+
+class BadPlan(MxmoeError):
+    """A file that is no plan."""
+
+    message = "{name} is not a plan: {reason}"
+
+
+class PlanMismatch(MxmoeError):
+    """A plan for another module."""
+
+    message = "the plan does not fit the module: {reason}"
+
+
+# Quantization (mxmoe/quant)
+
+
+class BadWeight(MxmoeError):
+    """A weight with a dtype or a shape that cannot be quantized."""
+
+    message = (
+        "{name} is {found}; a weight is a tensor [..., out channels, in channels] of float32, bfloat16, float16 or"
+        " float64 with at least one input channel"
+    )
+
+
+class NonFiniteWeights(MxmoeError):
+    """NaN or infinity among the weights."""
+
+    message = "{name} holds {count} values that are not finite, the first one at {index}; repair or reload the checkpoint"
+
+
+class WeightsBeyondFormat(MxmoeError):
+    """Weights too large for a 16-bit float format, which has no scale to bring them into range."""
+
+    message = "{name} reaches {value:g}, beyond the {limit:g} that {scheme} can hold; use bf16, or a scheme with a scale"
+
+
+class BadQuantized(MxmoeError):
+    """Codes, scales and zero points that do not fit their scheme or each other."""
+
+    message = "bad quantized weight of {scheme}: {reason}"
+
+
+class BadPacked(MxmoeError):
+    """A packed payload whose size or type does not fit its scheme and shape."""
+
+    message = "bad packed weight of {scheme}: {reason}; it may have been cut short or packed for another shape"
+
+
+class BadActivation(MxmoeError):
+    """Activations with a dtype or a number of channels that the weight does not take."""
+
+    message = "activations are {found}; give a tensor [..., {channels}] of float32, bfloat16, float16 or float64"
+
+
+class NotOneMatrix(MxmoeError):
+    """A stack of quantized matrices where one is needed."""
+
+    message = "matmul takes one matrix [n, k], this is {shape}; pick one with q[expert]"
+
+
+class NoSuchExpert(MxmoeError):
+    """An expert index outside the bank."""
+
+    message = "{name} has experts 0 to {last}, not {expert}"
+
+
+class PackedOnly(MxmoeError):
+    """Dense values asked of weights that are kept packed."""
+
+    message = "{name} is kept packed as {scheme}, its dense values are gone; use quantized() or lift the original model"
+
+
+class PackedAs(MxmoeError):
+    """A packed weight asked for in another scheme than the one it was packed in."""
+
+    message = "expert {expert} of {name} is packed as {packed}, not as {asked}; compile the original model for {asked}"
+
+
+# Passes
+
+
+class MissingInput(MxmoeError):
+    """A pass that needs what nobody gave it."""
+
+    message = "{name} needs {what}; {way}"
+
+
+class BadOption(MxmoeError):
+    """An option that a pass does not have, or a value of another type."""
+
+    message = "{name} cannot take {option}: {reason}"
+
+
+class BadPipeline(MxmoeError):
+    """A pipeline string that does not parse."""
+
+    message = "{text!r} is not a pipeline: {reason}; write pass{{option=value}},pass,..."
+
+
+class PassFailed(MxmoeError):
+    """A module that does not verify after a pass: a mistake in that pass."""
+
+    message = "after {name} the module does not verify: {reason}"
+
+
+# Frontend: what can be lifted out of a torch module
+
+
+class NotAModule(MxmoeError):
+    """Something that is no torch module was given to be lifted."""
+
+    message = "lift takes a torch.nn.Module (an MoE block, its experts, or a whole model), not {what}"
+
+
+class NoMoeBlock(MxmoeError):
+    """A module without anything that the frontend recognises as a bank of experts."""
+
+    message = (
+        "{cls} holds no MoE block. Looked for 3-D parameters gate_up_proj (or up_proj) with down_proj in one module,"
+        " and for lists of expert MLPs in an attribute whose name contains 'expert'. {found}"
+    )
+
+
+class RefusedFamily(MxmoeError):
+    """A family of models that is known and not supported."""
+
+    message = "{cls} at {path!r} cannot be lifted: {reason} (see docs/families.md)"
+
+
+class BadExperts(MxmoeError):
+    """Experts were found and their storage contradicts what the frontend knows how to read."""
+
+    message = "the experts {cls} at {path!r} cannot be lifted: {reason}"
+
+
+class UnknownGate(MxmoeError):
+    """Experts with a gate of their own that no row of the family table describes."""
+
+    message = (
+        "{cls} at {path!r} overrides _apply_gate and no row says what it computes; add"
+        ' Family("{cls}", act=..., params=...) to mxmoe/frontend/families.py (kinds: {known})'
+    )
+
+
+class UnknownActivation(MxmoeError):
+    """An activation that equals none of the known kinds."""
+
+    message = (
+        "{cls} at {path!r} has the activation {act}, which equals none of {known}; add it to mxmoe/quant/acts.py,"
+        ' or a row Family("{cls}", act=..., params=...) to mxmoe/frontend/families.py'
+    )
+
+
+class LiftMismatch(MxmoeError):
+    """A module that computes something else than what was read off its structure."""
+
+    message = (
+        "{cls} at {path!r} was read as {described}, and its own {what} disagrees by {error:.1e} relative (allowed"
+        " {allowed:.0e}); it needs a row in mxmoe/frontend/families.py that says what it computes"
+    )
+
+
+class UnknownTopK(MxmoeError):
+    """Neither the block, nor its router, nor a config says how many experts a token takes."""
+
+    message = "cannot see how many experts a token takes in {path!r}; pass lift(..., top_k=<experts per token>)"
+
+
+class MetaWeights(MxmoeError):
+    """Weights were asked for that were never loaded."""
+
+    message = "{name} is on the meta device and has no values; load the model with weights before using them"
+
+
+# Allocation (solver)
+
+
+class BadProblem(MxmoeError):
+    """Arrays of an allocation problem that do not fit together, or hold a value without a meaning."""
+
+    message = "bad allocation problem: {reason}"
+
+
+class BadBudget(MxmoeError):
+    """A budget that no plan could be measured against."""
+
+    message = "bad budget: {reason}; write Budget(weight_bits=4.25, bytes=None, latency_us=None)"
+
+
+class BadObjective(MxmoeError):
+    """An objective that is neither a name nor an exponent."""
+
+    message = "{value!r} is no objective; write 'loss', 'time', or r between 0 and 1 for loss^r * time^(1-r)"
+
+
+class MissingCost(MxmoeError):
+    """Time is to be minimised or limited, and the problem does not say what anything costs."""
+
+    message = "{what} needs Problem(..., cost=...), microseconds per row and scheme, and this problem has none"
+
+
+class NoPossibleScheme(MxmoeError):
+    """A row, or rows tied into one choice, for which every scheme is impossible."""
+
+    message = "no scheme is possible for {rows}: loss or cost is inf in every column; add a scheme or loosen the tie"
+
+
+class InfeasibleBudget(MxmoeError):
+    """One limit that no plan meets, even with every other limit lifted."""
+
+    message = "no plan has {limit} <= {value:.12g}; the smallest feasible {limit} is {smallest:.12g}"
+
+
+class InfeasibleTogether(MxmoeError):
+    """Limits that can be met one at a time and not at once."""
+
+    message = (
+        "no plan has {first} <= {first_value:.12g} and {second} <= {second_value:.12g} at once; at this {first} the"
+        " smallest {second} is {second_smallest:.12g}, at this {second} the smallest {first} is {first_smallest:.12g}"
+    )
+
+
+class InstanceTooLarge(MxmoeError):
+    """An instance above what a solver says it can do."""
+
+    message = "solver {solver!r} takes at most {limit:,} {what} and this instance has {size}; use solver='lagrangian'"
+
+
+class SolverFailed(MxmoeError):
+    """A solver library that stopped without a plan and without a proof that there is none."""
+
+    message = "solver {solver!r} stopped with status {status!r} and no plan; {way_out}"
+
+
+class BadSolverOption(MxmoeError):
+    """An option that a solver does not have, or a value that it cannot take."""
+
+    message = "solver {solver!r}: {reason}"

@@ -108,6 +108,12 @@ class Backend(Protocol):
 
     name: str
 
+    def __init__(self, **options: str) -> None: ...
+
+    def ready(self) -> None:
+        """Raise, before any long work, if this machine or this build cannot run the backend."""
+        ...
+
     def supports(self, scheme: Scheme) -> bool:
         """Say whether a linear can run in this scheme."""
         ...

@@ -16,6 +16,7 @@ from mxmoe.ir.ops import (
     RouteOp,
     YieldOp,
 )
+from mxmoe.ir.plan import Allocation, Plan, Row, apply_plan, fingerprint, plan_of, rows_of
 from mxmoe.ir.scheme import Scheme
 from mxmoe.ir.stages import RULES, STAGES, Stage
 from mxmoe.ir.table import Table
@@ -29,6 +30,7 @@ __all__ = [
     "RULES",
     "STAGES",
     "ActOp",
+    "Allocation",
     "Bank",
     "BankShape",
     "BlockShape",
@@ -37,8 +39,10 @@ __all__ = [
     "LinearOp",
     "ModuleOp",
     "MoeOp",
+    "Plan",
     "RouteOp",
     "RoutingType",
+    "Row",
     "Scheme",
     "SchemeAttr",
     "Stage",
@@ -47,11 +51,15 @@ __all__ = [
     "Tile",
     "TileAttr",
     "YieldOp",
+    "apply_plan",
     "banks",
     "build_module",
     "context",
+    "fingerprint",
     "linears",
     "moe_ops",
     "parse_ir",
+    "plan_of",
     "print_ir",
+    "rows_of",
 ]

@@ -15,7 +15,6 @@ from mxmoe.ir.scheme import Scheme
 from mxmoe.ir.table import Table
 from mxmoe.ir.tile import Tile
 
-
 _Value = TypeVar("_Value")
 
 

@@ -206,7 +206,7 @@ def _build_bank(bank: BankShape, tokens: SSAValue, shape: BlockShape) -> list[Op
     down = linear("down", act.out, hidden)
     combine = CombineOp.create(operands=[down.out, route.routing], result_types=[hidden])
     hints = ("rows", "routing"), *((op.role,) for op in entries), ("act",), ("down",), ("out",)
-    ops = [route, *entries, act, down, combine]
+    ops: list[Operation] = [route, *entries, act, down, combine]
     for op, names in zip(ops, hints, strict=True):
         for result, hint in zip(op.results, names, strict=True):
             result.name_hint = hint

@@ -97,5 +97,5 @@ def _verify_table(op: Operation, key: str, table: Table, n_candidates: int) -> N
     limit = n_candidates if key == "choice" else len(getattr(op, "tiles", ()))
     if table.dtype not in ("i8", "i32", "i64"):
         raise VerifyException(f"{key} of {op.name} holds indices, so i8, i32 or i64, not {table.dtype}")
-    if table.array.size and not (0 <= int(table.array.min()) and int(table.array.max()) < limit):
+    if table.array.size and not (int(table.array.min()) >= 0 and int(table.array.max()) < limit):
         raise VerifyException(f"{key} of {op.name} points outside the {limit} entries it indexes")

@@ -1,0 +1,199 @@
+"""The plan: one scheme per row, with what it was solved for and from, as a JSON file that diffs line by line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from xdsl.dialects.builtin import ModuleOp, StringAttr
+
+from mxmoe.errors import BadPlan, PlanMismatch
+from mxmoe.ir.build import banks, moe_ops
+from mxmoe.ir.scheme import Scheme
+from mxmoe.ir.table import Table
+from mxmoe.ir.text import print_ir
+
+FORMAT = "mxmoe-plan-1"
+_ATTRIBUTE = "mxmoe.allocation"
+
+
+class Row(NamedTuple):
+    """The key of one decision."""
+
+    block: str
+    bank: str
+    role: str
+    expert: int
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How a plan came about: what was asked, what was reached, and what it was solved from."""
+
+    budget: Mapping[str, float]
+    """Limits that were set, by name: weight_bits, bytes, latency_us."""
+    objective: Mapping[str, float | str]
+    """What was minimised, e.g. {"name": "loss_time", "r": 0.75}."""
+    solver: str
+    """Name of the solver."""
+    value: float
+    """Objective reached."""
+    bound: float
+    """Proved lower bound of the objective."""
+    gap: float
+    """(value - bound) / bound."""
+    loss: float
+    """Sum of the sensitivities chosen."""
+    time_us: float
+    """Sum of the costs chosen, in microseconds."""
+    weight_bits: float
+    """Average effective bits per weight."""
+    nbytes: float
+    """Bytes of codes, scales and zero points."""
+    solved_from: str
+    """SHA-256 of the whole text of the annotated module."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    One scheme per (block, bank, role, expert).
+
+    `Plan.from_json(plan.to_json()) == plan`; `plan.hash` changes when any scheme or any of the allocation does.
+
+    Raises:
+        BadPlan: text that is no plan, or names a scheme outside the grammar.
+        PlanMismatch: the plan is applied to a module with other blocks, experts or candidates.
+    """
+
+    rows: Mapping[Row, Scheme]
+    """Every decision, in the order of the module."""
+    allocation: Allocation | None = None
+    """None for a plan written by hand."""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the JSON form."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Write the plan as JSON, one row a line."""
+        blocks: dict[str, dict[str, str]] = {}
+        for row, scheme in self.rows.items():
+            blocks.setdefault(row.block, {})[f"{row.bank}.{row.role}.{row.expert}"] = str(scheme)
+        document = {
+            "format": FORMAT,
+            "allocation": asdict(self.allocation) if self.allocation else None,
+            "schemes": blocks,
+        }
+        return json.dumps(document, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, name: str = "<text>") -> Plan:
+        """Read a plan from its JSON form; the inverse of `to_json`."""
+        try:
+            document: dict[str, Any] = json.loads(text)
+            if document.get("format") != FORMAT:
+                raise BadPlan(name=name, reason=f"its format is {document.get('format')!r}, not {FORMAT!r}")
+            allocation = document["allocation"]
+            rows = dict(_read_rows(document["schemes"]))
+            return cls(rows, Allocation(**allocation) if allocation else None)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BadPlan(name=name, reason=f"{type(error).__name__}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON form to a file, whole or not at all."""
+        target = Path(path)
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as file:
+            file.write(self.to_json())
+        os.replace(file.name, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan from a file."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"), name=str(path))
+
+    def histogram(self) -> dict[Scheme, int]:
+        """Count the rows of each scheme, most frequent first."""
+        counts: dict[Scheme, int] = {}
+        for scheme in self.rows.values():
+            counts[scheme] = counts.get(scheme, 0) + 1
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def _read_rows(blocks: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[Row, Scheme]]:
+    for block, rows in blocks.items():
+        for key, scheme in rows.items():
+            bank, role, expert = key.split(".")
+            yield Row(block, bank, role, int(expert)), Scheme.parse(scheme)
+
+
+def rows_of(module: ModuleOp) -> list[Row]:
+    """All rows of a module that is not lowered yet, in the order in which plans and problems list them."""
+    return [
+        Row(moe.block, bank.name, role, expert)
+        for moe in moe_ops(module)
+        for bank in banks(moe).values()
+        for role in bank.linears
+        for expert in range(bank.experts)
+    ]
+
+
+def fingerprint(module: ModuleOp) -> str:
+    """SHA-256 of the whole text of a module."""
+    return hashlib.sha256(print_ir(module, elide=None).encode()).hexdigest()
+
+
+def plan_of(module: ModuleOp) -> Plan:
+    """
+    Read the plan out of an allocated module.
+
+    Raises:
+        PlanMismatch: a linear has no choice yet.
+    """
+    rows: dict[Row, Scheme] = {}
+    for moe in moe_ops(module):
+        for bank in banks(moe).values():
+            for role, op in bank.linears.items():
+                if op.choice is None:
+                    where = f"{moe.block} {bank.name} {role}"
+                    raise PlanMismatch(reason=f"{where} has no choice yet; run allocate-bits first")
+                for expert, index in enumerate(op.choice.array.tolist()):
+                    rows[Row(moe.block, bank.name, role, expert)] = moe.candidates[index]
+    stored = module.attributes.get(_ATTRIBUTE)
+    return Plan(rows, Allocation(**json.loads(stored.data)) if isinstance(stored, StringAttr) else None)
+
+
+def apply_plan(module: ModuleOp, plan: Plan) -> None:
+    """
+    Write a plan's choices into a module in place, and make its blocks allocated.
+
+    Raises:
+        PlanMismatch: rows that the module lacks, rows that the plan lacks, or a scheme that is no candidate; the
+            module is left as it was.
+    """
+    wanted, given = set(rows_of(module)), set(plan.rows)
+    if wanted != given:
+        odd = sorted(wanted ^ given)[0]
+        side = "the plan lacks" if odd in wanted else "the module lacks"
+        raise PlanMismatch(reason=f"{side} {len(wanted ^ given)} rows, the first is {'/'.join(map(str, odd))}")
+    for moe in moe_ops(module):
+        for row in (row for row in plan.rows if row.block == moe.block and plan.rows[row] not in moe.candidates):
+            known = ", ".join(map(str, moe.candidates))
+            raise PlanMismatch(reason=f"{'/'.join(map(str, row))} wants {plan.rows[row]}, the candidates are {known}")
+    for moe in moe_ops(module):
+        for bank in banks(moe).values():
+            for role, op in bank.linears.items():
+                schemes = [plan.rows[Row(moe.block, bank.name, role, expert)] for expert in range(bank.experts)]
+                choice = np.array([moe.candidates.index(scheme) for scheme in schemes], dtype=np.int8)
+                op.set_table("choice", Table(("expert",), choice))
+        moe.stage = "allocated"
+    if plan.allocation:
+        module.attributes[_ATTRIBUTE] = StringAttr(json.dumps(asdict(plan.allocation), sort_keys=True))
