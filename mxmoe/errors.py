@@ -43,7 +43,7 @@ class BrokenEntry(MxmoeError):
 class BadScheme(MxmoeError):
     """A scheme string outside the grammar, or a combination of fields that has no meaning."""
 
-    message = "{text!r} is not a scheme: {reason}; write w<bits>a<bits>[_g<group>][_sym|_asym][_e4m3|_fp16], bf16 or fp16"
+    message = "{text!r} is no scheme: {reason}; write w<bits>a<bits>[_g<group>][_sym|_asym][_e4m3|_fp16], bf16 or fp16"
 
 
 class BadTable(MxmoeError):
@@ -133,13 +133,13 @@ class BadWeight(MxmoeError):
 class NonFiniteWeights(MxmoeError):
     """NaN or infinity among the weights."""
 
-    message = "{name} holds {count} values that are not finite, the first one at {index}; repair or reload the checkpoint"
+    message = "{name} holds {count} values that are not finite, the first at {index}; repair or reload the checkpoint"
 
 
 class WeightsBeyondFormat(MxmoeError):
     """Weights too large for a 16-bit float format, which has no scale to bring them into range."""
 
-    message = "{name} reaches {value:g}, beyond the {limit:g} that {scheme} can hold; use bf16, or a scheme with a scale"
+    message = "{name} reaches {value:g}, beyond the {limit:g} that {scheme} holds; use bf16, or a scheme with a scale"
 
 
 class BadQuantized(MxmoeError):

@@ -1,0 +1,44 @@
+"""
+What a scheme means: the one definition of quantizing, packing and multiplying, and where the weights are.
+
+`quantize` -> `Quantized` -> `dequantize`; `pack` -> `Packed` -> `unpack`; `matmul` is what backends agree with.
+"""
+
+from mxmoe.quant.activation import fake_quantize_activation, largest_act_code, quantize_activation
+from mxmoe.quant.formats import FORMATS, Format
+from mxmoe.quant.matmul import matmul
+from mxmoe.quant.packing import code_position, decode_code, encode_word, pack, pack_codes, unpack, unpack_codes
+from mxmoe.quant.quantized import Packed, Quantized, n_payload_bytes, scale_dtype
+from mxmoe.quant.quantizers import QUANTIZERS, Quantizer
+from mxmoe.quant.rtn import checked_weight, dequantize, quantize
+from mxmoe.quant.tolerance import block_tolerance, tolerance
+from mxmoe.quant.weights import PackedWeights, Weights
+
+__all__ = [
+    "FORMATS",
+    "QUANTIZERS",
+    "Format",
+    "Packed",
+    "PackedWeights",
+    "Quantized",
+    "Quantizer",
+    "Weights",
+    "block_tolerance",
+    "checked_weight",
+    "code_position",
+    "decode_code",
+    "dequantize",
+    "encode_word",
+    "fake_quantize_activation",
+    "largest_act_code",
+    "matmul",
+    "n_payload_bytes",
+    "pack",
+    "pack_codes",
+    "quantize",
+    "quantize_activation",
+    "scale_dtype",
+    "tolerance",
+    "unpack",
+    "unpack_codes",
+]

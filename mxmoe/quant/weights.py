@@ -1,0 +1,159 @@
+"""Where the tensors are: canonical weight names to dense tensors, loaded when asked for, or to packed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from mxmoe.errors import BadWeight, NoSuchExpert, PackedAs, PackedOnly, UnknownName
+from mxmoe.ir import Scheme
+from mxmoe.quant.packing import pack, unpack
+from mxmoe.quant.quantized import Packed, Quantized
+from mxmoe.quant.quantizers import QUANTIZERS, Quantizer
+from mxmoe.registry import near_names
+
+Loader = Tensor | Callable[[], Tensor]
+Hessians = Callable[[str, int], Tensor | None]
+
+
+class Weights(Mapping[str, Tensor]):
+    """
+    The dense weights of a model by canonical name, `"<block>.<bank>.<role>"` -> tensor [experts, out, in].
+
+    Biases, `"<block>.<bank>.<role>.bias"`, are [experts, out]; a shared expert is a bank of one. A value is a tensor or
+    a function that loads one; the latest loaded tensor is kept until another name is asked for, so that going through
+    the experts of one bank loads it once.
+
+    Raises:
+        UnknownName: a name that is not there.
+    """
+
+    def __init__(
+        self, loaders: Mapping[str, Loader], quantizer: str | Quantizer = "rtn", hessians: Hessians | None = None
+    ) -> None:
+        """
+        Hold the loaders; nothing is loaded yet.
+
+        Args:
+            loaders: name -> tensor or function that returns it.
+            quantizer: a name in `QUANTIZERS` or such a function.
+            hessians: (name, expert) -> hessian [in, in] or None, for quantizers that use it.
+        """
+        self._loaders = dict(loaders)
+        self._quantizer: Quantizer = QUANTIZERS[quantizer] if isinstance(quantizer, str) else quantizer
+        self._hessians = hessians
+        self._latest: tuple[str, Tensor] | None = None
+
+    def using(self, quantizer: str | Quantizer, hessians: Hessians | None = None) -> Weights:
+        """Return the same weights under another quantizer."""
+        return Weights(self._loaders, quantizer, hessians)
+
+    def __getitem__(self, name: str) -> Tensor:
+        latest = self._latest  # read once: another thread may replace it
+        if latest is not None and latest[0] == name:
+            return latest[1]
+        if name not in self._loaders:
+            raise UnknownName(kind="weight", name=name, near=near_names(name, self._loaders))
+        loader = self._loaders[name]
+        if isinstance(loader, Tensor):
+            return loader
+        tensor = loader()
+        self._latest = (name, tensor)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._loaders
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaders)
+
+    def __len__(self) -> int:
+        return len(self._loaders)
+
+    def quantized(self, name: str, expert: int, scheme: Scheme) -> Quantized:
+        """
+        Quantize one expert's matrix [out, in]; computed at every call.
+
+        Raises:
+            UnknownName, NoSuchExpert: no such matrix.
+            BadWeight: the name is a bias.
+            NonFiniteWeights, WeightsBeyondFormat: from the quantizer, naming weight and expert.
+        """
+        stack = self[name]
+        if stack.dim() != 3:
+            raise BadWeight(name=name, found=f"{stack.dtype} {list(stack.shape)}")
+        check_expert(name, expert, len(stack))
+        hessian = self._hessians(name, expert) if self._hessians else None
+        return self._quantizer(stack[expert], scheme, name=f"{name}[{expert}]", hessian=hessian)
+
+    def packed(self, name: str, expert: int, scheme: Scheme) -> Packed:
+        """Quantize and pack one expert's matrix; raises what `quantized` raises."""
+        return pack(self.quantized(name, expert, scheme))
+
+
+class PackedWeights(Weights):
+    """
+    Weights as a checkpoint holds them: every expert's matrix packed in the scheme that was chosen for it.
+
+    Only biases and other tensors that were never packed can be had dense.
+    """
+
+    def __init__(self, packed: Mapping[str, Sequence[Packed]], dense: Mapping[str, Loader] | None = None) -> None:
+        """
+        Hold packed matrices.
+
+        Args:
+            packed: canonical name -> one matrix per expert.
+            dense: what is not packed, e.g. biases.
+        """
+        super().__init__(dense or {})
+        self._packed = {name: tuple(experts) for name, experts in packed.items()}
+
+    def using(self, quantizer: str | Quantizer, hessians: Hessians | None = None) -> Weights:
+        """Raise: codes that are chosen stay chosen."""
+        raise PackedOnly(name=next(iter(self._packed), "this"), scheme=self._schemes(next(iter(self._packed), "")))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._packed:
+            raise PackedOnly(name=name, scheme=self._schemes(name))
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._packed or super().__contains__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._packed
+        yield from super().__iter__()
+
+    def __len__(self) -> int:
+        return len(self._packed) + super().__len__()
+
+    def quantized(self, name: str, expert: int, scheme: Scheme) -> Quantized:
+        """Unpack one expert's matrix; raises what `packed` raises."""
+        return unpack(self.packed(name, expert, scheme))
+
+    def packed(self, name: str, expert: int, scheme: Scheme) -> Packed:
+        """
+        Return one expert's matrix as it is held.
+
+        Raises:
+            UnknownName, NoSuchExpert: no such matrix.
+            PackedAs: it is packed in another scheme.
+        """
+        if name not in self._packed:
+            raise UnknownName(kind="packed weight", name=name, near=near_names(name, self._packed))
+        check_expert(name, expert, len(self._packed[name]))
+        held = self._packed[name][expert]
+        if held.scheme != scheme:
+            raise PackedAs(name=name, expert=expert, packed=held.scheme, asked=scheme)
+        return held
+
+    def _schemes(self, name: str) -> str:
+        return ", ".join(sorted({str(packed.scheme) for packed in self._packed.get(name, ())}))
+
+
+def check_expert(name: str, expert: int, experts: int) -> None:
+    """Raise NoSuchExpert unless 0 <= expert < experts."""
+    if not 0 <= expert < experts:
+        raise NoSuchExpert(name=name, last=experts - 1, expert=expert)
