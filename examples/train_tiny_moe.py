@@ -57,7 +57,7 @@ def build_model(tiny: bool) -> Qwen2MoeForCausalLM:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         initializer_range=0.06,
-        router_aux_loss_coef=0.01,
+        router_aux_loss_coef=0.004,
         bos_token_id=None,
         eos_token_id=None,
         use_cache=False,

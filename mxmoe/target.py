@@ -37,10 +37,10 @@ TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
         # The CPU backends are the reference for plans made for the RTX 4090, so they are costed as one.
-        Target("eager", "eager", "RTX 4090", {}, (*_WEIGHT_ONLY, *_ADA)),
-        Target("numba", "numba", "RTX 4090", {}, (*_WEIGHT_ONLY, *_ADA)),
-        Target("triton-sm89", "triton", "RTX 4090", {"capability": "89"}, (*_WEIGHT_ONLY, *_ADA)),
-        Target("triton-sm90", "triton", "H200", {"capability": "90"}, (*_WEIGHT_ONLY, *_HOPPER)),
+        Target("eager", "eager", "rtx4090", {}, (*_WEIGHT_ONLY, *_ADA)),
+        Target("numba", "numba", "rtx4090", {}, (*_WEIGHT_ONLY, *_ADA)),
+        Target("triton-sm89", "triton", "rtx4090", {"capability": "89"}, (*_WEIGHT_ONLY, *_ADA)),
+        Target("triton-sm90", "triton", "h200", {"capability": "90"}, (*_WEIGHT_ONLY, *_HOPPER)),
     )
 }
 

@@ -1,0 +1,38 @@
+"""Shared fixtures: golden text, and small blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the golden files; read the diff afterwards")
+
+
+class Golden:
+    """Compares like a string with the file of the running test; `--update-golden` rewrites the file."""
+
+    def __init__(self, path: Path, update: bool) -> None:
+        self.path, self.update = path, update
+
+    def __eq__(self, text: object) -> bool:
+        if self.update and isinstance(text, str):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(text)
+        return self.path.exists() and self.path.read_text() == text
+
+    __hash__ = None  # type: ignore[assignment]  # only compared
+
+    def __repr__(self) -> str:
+        return self.path.read_text() if self.path.exists() else f"<no golden file {self.path.name}: --update-golden>"
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """The golden text of this test, in tests/golden/<test file>/<test name>.txt."""
+    path = GOLDEN / request.path.stem / f"{request.node.name}.txt"
+    return Golden(path, request.config.getoption("--update-golden"))
