@@ -344,3 +344,30 @@ class BadSolverOption(MxmoeError):
     """An option that a solver does not have, or a value that it cannot take."""
 
     message = "solver {solver!r}: {reason}"
+
+
+# Evaluation
+
+
+class BadTokens(MxmoeError):
+    """A text that a language model cannot be measured on."""
+
+    message = "cannot measure perplexity: {reason}; pass bytes, or token ids [tokens] of an integer dtype, two or more"
+
+
+class NonFiniteLogits(MxmoeError):
+    """A model that answers with NaN or rules out what happened."""
+
+    message = "the loss of token {position} is {value}; find the first block whose output is not finite, and give it more bits"
+
+
+class MissingTinyModel(MxmoeError):
+    """A file of the shipped model is not where the package keeps it."""
+
+    message = "{path} is missing; reinstall the package, or write it with examples/train_tiny_moe.py"
+
+
+class BrokenTinyModel(MxmoeError):
+    """A file of the shipped model is damaged, or belongs to another training run."""
+
+    message = "{path} is broken: {reason}; reinstall the package, or write all files anew with examples/train_tiny_moe.py"

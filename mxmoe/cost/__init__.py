@@ -1,0 +1,34 @@
+"""What a choice costs in time: cost models of one tile, the launch they add up to, and the tables that a pass needs."""
+
+from mxmoe.cost.launches import block_launches, fuse_gate_up
+from mxmoe.cost.measured import Measured, Profile
+from mxmoe.cost.model import COST_MODELS, CostModel, cost_model
+from mxmoe.cost.predict import (
+    Gemm,
+    best_tile,
+    expected_rows,
+    linear_cost_us,
+    predict_block_us,
+    predict_launch,
+)
+from mxmoe.cost.roofline import Roofline
+from mxmoe.cost.schedule import Schedule, longest_first
+
+__all__ = [
+    "COST_MODELS",
+    "CostModel",
+    "Gemm",
+    "Measured",
+    "Profile",
+    "Roofline",
+    "Schedule",
+    "best_tile",
+    "block_launches",
+    "cost_model",
+    "expected_rows",
+    "fuse_gate_up",
+    "linear_cost_us",
+    "longest_first",
+    "predict_block_us",
+    "predict_launch",
+]

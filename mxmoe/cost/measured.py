@@ -1,0 +1,187 @@
+"""Times from a measured profile; schemes that nobody measured are scaled from a kindred one, and the model says so."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from mxmoe.cost.roofline import Roofline, check_depth
+from mxmoe.device import Device, unit_of
+from mxmoe.errors import BadProfile, MxmoeError, NoProfile
+from mxmoe.ir import Scheme, Tile
+
+DATA = Path(__file__).parent / "data"
+"""Folder of profiles, `<device>.json`; README.md there says what each field holds and where it is from."""
+_HEAD = ("device", "k", "slots", "fixed_us")
+
+
+@dataclass(frozen=True)
+class TileTime:
+    """One row of a profile: the time of one wave, one tile of depth `k` on each SM at once."""
+
+    stream_us: float
+    """With every weight read from memory: the expert has one row tile."""
+    reuse_us: float | None
+    """With weights from the cache: the expert has many row tiles; None where nobody measured it."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """
+    Measured tile times of one device, all at one depth `k`.
+
+    Raises:
+        BadProfile: from `read` and `parse`: a missing field, or a figure that is not a positive number.
+    """
+
+    device: str
+    """Key of the device row."""
+    k: int
+    """Input channels of every measured tile."""
+    fixed_us: float
+    """Part of a tile's time that does not grow with k (prologue and epilogue); the rest is proportional to k."""
+    rows: Mapping[Scheme, Mapping[Tile, TileTime]]
+    """Scheme (16-bit activations without fp16 suffix: both kinds run at one rate) -> tile -> times."""
+
+    @classmethod
+    def read(cls, path: Path) -> Profile:
+        """Read a profile from a JSON file."""
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise BadProfile(path=path, reason=error) from error
+        return cls.parse(data, path)
+
+    @classmethod
+    def parse(cls, data: object, path: Path) -> Profile:
+        """Check the parsed JSON of a profile and build its value; `path` is for messages."""
+        if not isinstance(data, dict) or not {*_HEAD, "schemes"} <= set(cast("dict[str, Any]", data)):
+            raise BadProfile(path=path, reason=f"the fields {', '.join(_HEAD)} and schemes must be there")
+        fields = cast("dict[str, Any]", data)
+        rows: dict[Scheme, dict[Tile, TileTime]] = {}
+        try:
+            for scheme, tiles in fields["schemes"].items():
+                rows[Scheme.parse(scheme)] = {Tile.parse(tile): _tile_time(row) for tile, row in tiles.items()}
+            profile = cls(str(fields["device"]), int(fields["k"]), float(fields["fixed_us"]), rows)
+        except (MxmoeError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BadProfile(path=path, reason=error) from error
+        times = [time.stream_us for tiles in rows.values() for time in tiles.values()]
+        if not times or not 0 <= profile.fixed_us < min(times) or profile.k < 1:
+            raise BadProfile(path=path, reason="there must be times, all of them longer than fixed_us")
+        return profile
+
+
+def _tile_time(row: Mapping[str, float | None]) -> TileTime:
+    stream, reuse = row["stream_us"], row["reuse_us"]
+    for name, value in (("stream_us", stream), ("reuse_us", reuse)):
+        if not (value is None and name == "reuse_us") and not (value is not None and 0 < value < math.inf):
+            raise ValueError(f"{name} is {value}, not a positive number")
+    assert stream is not None, "checked above"
+    return TileTime(float(stream), None if reuse is None else float(reuse))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """
+    Tile times from the profile of a device, see `mxmoe/cost/data/README.md`.
+
+    A measured wave time t at the profile's depth becomes fixed + (t - fixed) k / depth. An expert with r row tiles
+    reads its weights from memory once: its tiles take max(reuse, stream / r) each, or `stream` where reuse was not
+    measured, which is then on the safe side. A scheme without figures borrows those of the nearest measured scheme
+    on the same matrix unit, times the ratio of their rooflines, but is never faster than the published peaks; without
+    any such scheme it is the roofline itself.
+
+    Raises:
+        NoProfile: no profile for the device.
+        BadProfile: a profile that cannot be read.
+    """
+
+    device: Device
+    name: ClassVar[str] = "measured"
+    profile: Profile = field(init=False, repr=False, compare=False)
+    roofline: Roofline = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        known = sorted(path.stem for path in DATA.glob("*.json"))
+        if self.device.name not in known:
+            raise NoProfile(device=self.device.name, known=", ".join(known))
+        object.__setattr__(self, "profile", _read(DATA / f"{self.device.name}.json"))
+        object.__setattr__(self, "roofline", Roofline(self.device))
+
+    def tiles(self, scheme: Scheme) -> tuple[Tile, ...]:
+        """Tiles measured for the scheme, or for the one that it is scaled from."""
+        source = self._source(scheme)
+        return self.roofline.tiles(scheme) if source is None else tuple(self.profile.rows[source])
+
+    def tile_us(self, scheme: Scheme, tile: Tile, k: int, rows: float | None = None) -> float:
+        """See `CostModel.tile_us`."""
+        check_depth(k, rows)
+        source = self._source(scheme)
+        if source is None:
+            return self.roofline.tile_us(scheme, tile, k, rows)
+        near = min(self.profile.rows[source], key=lambda other: _distance(tile, other))
+        us = self._measured_us(self.profile.rows[source][near], k, _row_tiles(rows, tile))
+        if (source, near) == (_plain(scheme), tile):
+            return us
+        # rows of the nearest tile such that both have the same number of row tiles
+        same = None if rows is None else float(_row_tiles(rows, tile) * near.m)
+        us *= self.roofline.tile_us(scheme, tile, k, rows) / self.roofline.tile_us(source, near, k, same)
+        return max(us, *self.roofline.peak_us(scheme, tile, k, rows))
+
+    def provenance(self, scheme: Scheme, k: int | None = None) -> str:
+        """See `CostModel.provenance`."""
+        source = self._source(scheme)
+        if source is None:
+            return "roofline"
+        text = "measured" if source == _plain(scheme) else f"scaled from {source}"
+        depth = self.profile.k
+        return text if k in (None, depth) else f"{text} (k={k} from k={depth} by a fixed part and a slope)"
+
+    def _measured_us(self, time: TileTime, k: int, row_tiles: int) -> float:
+        fixed, depth = self.profile.fixed_us, self.profile.k
+        us = time.stream_us if time.reuse_us is None else max(time.reuse_us, time.stream_us / row_tiles)
+        return fixed + max(us - fixed, 0.0) * k / depth
+
+    def _source(self, scheme: Scheme) -> Scheme | None:
+        """Return the measured scheme whose figures serve: itself, the nearest on the same unit, or None."""
+        plain = _plain(scheme)
+        if plain in self.profile.rows:
+            return plain
+        kin = [other for other in self.profile.rows if unit_of(other) == unit_of(plain)]
+        return min(kin, key=lambda other: (_strangeness(plain, other), str(other)), default=None)
+
+
+@functools.cache
+def _read(path: Path) -> Profile:
+    return Profile.read(path)
+
+
+def _plain(scheme: Scheme) -> Scheme:
+    """Spell a scheme as the profile does: fp16 and bf16 operands run at the same rate."""
+    if scheme.act_format != "fp16":
+        return scheme
+    return Scheme(scheme.weight_bits, 16, scheme.group_size, scheme.symmetric)
+
+
+def _row_tiles(rows: float | None, tile: Tile) -> int:
+    return 1 if rows is None else max(1, math.ceil(rows / tile.m))
+
+
+def _distance(tile: Tile, other: Tile) -> float:
+    return sum(abs(math.log2(a / b)) for a, b in ((tile.m, other.m), (tile.n, other.n), (tile.k, other.k)))
+
+
+def _strangeness(scheme: Scheme, other: Scheme) -> tuple[float, ...]:
+    """Order measured schemes by how unlike they are: grouping first (its decoding costs most), then bits."""
+    groups = (scheme.group_size or 0, other.group_size or 0)
+    return (
+        float((groups[0] > 0) != (groups[1] > 0)),
+        abs(math.log2(scheme.weight_bits / other.weight_bits)),
+        float(scheme.symmetric != other.symmetric),
+        abs(groups[0] - groups[1]),
+    )
