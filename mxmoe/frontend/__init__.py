@@ -1,0 +1,24 @@
+"""Lifting the experts of a torch module into the IR, and putting compiled ones back in their place."""
+
+from mxmoe.frontend.families import FAMILIES, REFUSED, Family
+from mxmoe.frontend.lift import lift
+from mxmoe.frontend.lifted import BankKind, Lifted, LiftedBank, LiftedBlock
+from mxmoe.frontend.report import LiftReport, Skipped, Taken
+from mxmoe.frontend.substitute import BankRun, Replacement, replace_banks
+
+__all__ = [
+    "FAMILIES",
+    "REFUSED",
+    "BankKind",
+    "BankRun",
+    "Family",
+    "LiftReport",
+    "Lifted",
+    "LiftedBank",
+    "LiftedBlock",
+    "Replacement",
+    "Skipped",
+    "Taken",
+    "lift",
+    "replace_banks",
+]
