@@ -21,8 +21,8 @@ Share of the published peak that good kernels reach.
 Dense bf16, fp8 and int8 products on an H200 reach 0.80, 0.75 and 0.80; the published RTX 4090 table has about 0.9 of
 memory, 0.75 of int8 and 0.6 of int4 (Duanmu et al., "MxMoE", ICML 2025, performance table).
 """
-L2_BYTES_PER_CLOCK = 32
-"""Bytes per clock that one SM draws from the level-two cache; the A100 paper gives 47, consumer chips reach fewer."""
+L2_BYTES_PER_CLOCK = 64
+"""Bytes per clock that one SM can draw from the level-two cache: the width of its port. All SMs at once reach less."""
 LANES = 64
 """32-bit integer operations per clock and SM on compute capability 8.0 to 9.0 (CUDA C++ Programming Guide)."""
 STAGES = 3
