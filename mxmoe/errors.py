@@ -358,7 +358,7 @@ class BadTokens(MxmoeError):
 class NonFiniteLogits(MxmoeError):
     """A model that answers with NaN or rules out what happened."""
 
-    message = "the loss of token {position} is {value}; find the first block whose output is not finite, and give it more bits"
+    message = "the loss of token {position} is {value}; find the first block with such an output and give it more bits"
 
 
 class MissingTinyModel(MxmoeError):
@@ -370,4 +370,76 @@ class MissingTinyModel(MxmoeError):
 class BrokenTinyModel(MxmoeError):
     """A file of the shipped model is damaged, or belongs to another training run."""
 
-    message = "{path} is broken: {reason}; reinstall the package, or write all files anew with examples/train_tiny_moe.py"
+    message = "{path} is broken: {reason}; reinstall the package, or train anew with examples/train_tiny_moe.py"
+
+
+# Backends
+
+
+class NotLowered(MxmoeError):
+    """A backend that runs group GEMMs is given a block that has none yet."""
+
+    message = (
+        "{backend} compiles lowered blocks, {block} is {stage}; run the passes {missing} first,"
+        " or the eager backend, which runs every stage"
+    )
+
+
+class UnsupportedScheme(MxmoeError):
+    """A linear was given a scheme that the backend has no kernel for."""
+
+    message = "{backend} cannot run {scheme}, which {block} chose for expert {expert} of {weight}; it runs {known}"
+
+
+class BadRouting(MxmoeError):
+    """Router output that does not fit the block."""
+
+    message = "{block}: {what} is {found}, it must be {wanted}"
+
+
+class BadHidden(MxmoeError):
+    """Tokens of another shape or dtype than the block takes."""
+
+    message = "{block}: hidden states are {found}, they must be [tokens, {hidden}] of a float type"
+
+
+class NoSuchBank(MxmoeError):
+    """A bank that the compiled block does not have."""
+
+    message = "{block} has no bank {bank!r}; it has {known}"
+
+
+class BadWeightShape(MxmoeError):
+    """A weight whose shape is not what the module says."""
+
+    message = "weight {name!r} is {found}, the module wants {wanted}; lift the module again or name the right weights"
+
+
+class NoKernels(MxmoeError):
+    """A backend that plans can be made for, but that this build cannot run."""
+
+    message = (
+        "this build has no {backend} kernels, so a plan for {backend} can be made and saved but not run here;"
+        " compile it for {runnable} instead"
+    )
+
+
+class HypothesisMissing(MxmoeError):
+    """The strategies of mxmoe.testing are asked for where hypothesis is not installed."""
+
+    message = "mxmoe.testing needs hypothesis; install the test extra: pip install 'mxmoe[test]'"
+
+
+class BackendsDisagree(MxmoeError):
+    """Two backends gave outputs further apart than the scheme allows."""
+
+    message = (
+        "{block} bank {bank}: {left} and {right} differ by {error:.3g}, more than {allowed:.3g}, relative to the output;"
+        " first at {where}"
+    )
+
+
+class WrongDevice(MxmoeError):
+    """Tensors on a device that the backend cannot read."""
+
+    message = "{backend} runs on the CPU and {block} was given tensors on {device}; move them, or compile for that device"
