@@ -17,7 +17,7 @@ _PATTERN = re.compile(r"w(\d+)a(\d+)(?:_g(\d+))?(?:_(sym|asym))?(?:_(e4m3|fp16))
 _PLAIN = {"bf16": "bf16", "fp16": "fp16"}
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Scheme:
     """
     A quantization scheme, written `w{bits}a{bits}[_g{group}][_sym|_asym][_e4m3|_fp16]`, or `bf16` / `fp16`.
@@ -66,6 +66,10 @@ class Scheme:
 
     def __str__(self) -> str:
         return _spell(self)
+
+    def __lt__(self, other: Scheme) -> bool:
+        """Sort by weight bits, then activation bits, then by text."""
+        return (self.weight_bits, self.act_bits, str(self)) < (other.weight_bits, other.act_bits, str(other))
 
     @property
     def weight_format(self) -> WeightFormat:

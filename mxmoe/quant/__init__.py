@@ -5,6 +5,7 @@ What a scheme means: the one definition of quantizing, packing and multiplying, 
 """
 
 from mxmoe.quant.activation import fake_quantize_activation, largest_act_code, quantize_activation
+from mxmoe.quant.acts import ACT_PARAMS, ACTS, POINTWISE, apply_act
 from mxmoe.quant.formats import FORMATS, Format
 from mxmoe.quant.matmul import matmul
 from mxmoe.quant.packing import code_position, decode_code, encode_word, pack, pack_codes, unpack, unpack_codes
@@ -15,7 +16,10 @@ from mxmoe.quant.tolerance import block_tolerance, tolerance
 from mxmoe.quant.weights import PackedWeights, Weights
 
 __all__ = [
+    "ACTS",
+    "ACT_PARAMS",
     "FORMATS",
+    "POINTWISE",
     "QUANTIZERS",
     "Format",
     "Packed",
@@ -23,6 +27,7 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "Weights",
+    "apply_act",
     "block_tolerance",
     "checked_weight",
     "code_position",

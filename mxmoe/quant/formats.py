@@ -88,7 +88,7 @@ class Affine:
 
 @dataclass(frozen=True, slots=True)
 class E4m3:
-    """8-bit floats with 4 bits of exponent, 3 of mantissa (Micikevicius et al. 2022): `w = s * code`, s = max|w| / 448."""
+    """8-bit floats, 4 bits of exponent and 3 of mantissa (Micikevicius et al.), `w = s * code`; s = max|w| / 448."""
 
     limit: float = math.inf
 

@@ -45,7 +45,7 @@ def matmul(x: Tensor, q: Quantized) -> Tensor:
     if q.scheme.act_bits == 16:
         return codes.float() @ dequantize(q).T
     rows = codes.reshape(-1, q.k)
-    return _scaled_sums(rows, scale.reshape(len(rows), -1), q).reshape(*x.shape[:-1], q.n)
+    return _scaled_sums(rows, scale.reshape(-1, scale.shape[-1]), q).reshape(*x.shape[:-1], q.n)
 
 
 def _scaled_sums(codes: Tensor, act_scale: Tensor, q: Quantized) -> Tensor:

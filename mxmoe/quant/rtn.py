@@ -35,7 +35,7 @@ def quantize(weight: Tensor, scheme: Scheme, *, name: str = "weight", hessian: T
 
 
 def dequantize(q: Quantized) -> Tensor:
-    """Return the float32 weight [..., n, k] that the codes stand for, `scale * (code - zero)`: two float32 operations."""
+    """Return the float32 weight [..., n, k] of the codes: `scale * (code - zero)`, two float32 operations."""
     values = FORMATS[q.scheme.weight_format].values(q.codes, q.scheme, q.zero)
     if q.scale is None:
         return values
