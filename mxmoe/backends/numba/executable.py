@@ -1,0 +1,187 @@
+"""A compiled block: packed banks, and the call that routes, quantizes, multiplies and combines."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mxmoe.backends.numba import kernels
+from mxmoe.backends.numba.layout import Arena
+from mxmoe.backends.numba.tiles import tile_list
+from mxmoe.backends.routing import Routing, check_call, sort_assignments
+from mxmoe.errors import NoSuchBank, WrongDevice
+from mxmoe.ir import Scheme, Tile
+from mxmoe.quant import fake_quantize_activation, quantize_activation
+from mxmoe.quant.acts import apply_act
+
+MAX_ROWS = 16384
+"""Assignments that are run at once; more tokens are run in turns, which bounds the memory between the GEMMs."""
+
+# numba's fallback threading layer must not be entered from two threads, and there are no cores to spare anyway
+_LAUNCH = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class GroupGemm:
+    """One group GEMM: its packed matrices and the tile of each expert."""
+
+    arena: Arena
+    n: int
+    """Output channels of one weight."""
+    tiles: tuple[Tile, ...]
+    """[expert]."""
+
+    @property
+    def n_weights(self) -> int:
+        """Weights that share the rows: 2 for a fused gate_up."""
+        return len(self.arena.matrices) // len(self.tiles)
+
+    def __call__(self, x: Tensor, source: Tensor, routing: Routing) -> Tensor:
+        """
+        Multiply rows of `x` by their experts' weights.
+
+        Args:
+            x: float [rows, k].
+            source: int64 [assignments], which row of `x` each assignment reads.
+            routing: the assignments, by expert.
+
+        Returns:
+            float32 [weights, assignments, n].
+        """
+        inputs = _quantize_rows(x, source, routing, self.arena.schemes)
+        y = torch.empty((self.n_weights, len(source), self.n), dtype=torch.float32)
+        rows, columns = (np.array([getattr(tile, axis) for tile in self.tiles]) for axis in ("m", "n"))
+        items = tile_list(routing.counts.numpy(), rows, columns, self.n)
+        if self.n_weights > 1:
+            again = [items + np.array([weight * len(self.tiles), 0, 0, 0, 0]) for weight in range(self.n_weights)]
+            items = np.stack(again, axis=1).reshape(-1, 5)
+        arena = self.arena
+        with _LAUNCH, numba.parallel_chunksize(1):  # one tile at a time: the longest are first
+            kernels.group_gemm(items, arena.matrices, arena.payload, arena.meta, arena.bias, *inputs, y.numpy())
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """One compiled bank: the GEMMs in, the nonlinearity between, the GEMM out."""
+
+    experts: int
+    entries: tuple[GroupGemm, ...]
+    """A fused gate_up, or gate and up, or up alone."""
+    act_inputs: tuple[tuple[int, int], ...]
+    """For each input of the nonlinearity, gate first: which of `entries`, and which of its weights."""
+    act: str
+    act_params: Mapping[str, float]
+    down: GroupGemm
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, zero points and biases."""
+        return sum(gemm.arena.nbytes for gemm in (*self.entries, self.down))
+
+    def run(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Run checked tokens [tokens, hidden] through their experts: float32 [tokens, hidden]."""
+        routing = sort_assignments(index, weights, self.experts)
+        outs = [gemm(hidden, routing.token, routing) for gemm in self.entries]
+        inputs = [outs[gemm][weight] for gemm, weight in self.act_inputs]
+        gate, up = inputs if len(inputs) == 2 else (None, inputs[0])
+        rows = torch.arange(len(routing.token))
+        y = self.down(apply_act(self.act, gate, up, self.act_params), rows, routing)[0]
+        slots = torch.full(index.shape, -1, dtype=torch.int64)
+        slots[routing.token, routing.slot] = rows
+        out = torch.empty((len(hidden), y.shape[1]), dtype=torch.float32)
+        with _LAUNCH:
+            kernels.combine(y.numpy(), slots.numpy(), weights.to(torch.float32).contiguous().numpy(), out.numpy())
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class NumbaExecutable:
+    """A block that runs on the CPU from packed weights. Deterministic: equal calls give equal bits."""
+
+    block: str
+    hidden: int
+    banks: Mapping[str, Bank]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, zero points and biases held; there is no other copy of the weights."""
+        return sum(bank.nbytes for bank in self.banks.values())
+
+    @torch.no_grad()
+    def __call__(self, bank: str, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """
+        Run one bank; see `mxmoe.target.Executable`.
+
+        Raises:
+            NoSuchBank: the block has no such bank.
+            BadHidden, BadRouting, WrongDevice: arguments that do not fit the block.
+        """
+        if bank not in self.banks:
+            raise NoSuchBank(block=self.block, bank=bank, known=", ".join(self.banks))
+        compiled = self.banks[bank]
+        check_call(self.block, self.hidden, compiled.experts, hidden, top_k_index, top_k_weights)
+        for tensor in (hidden, top_k_index, top_k_weights):
+            if tensor.device.type != "cpu":
+                raise WrongDevice(backend="numba", block=self.block, device=tensor.device)
+        out = torch.empty_like(hidden)
+        step = max(1, MAX_ROWS // max(1, top_k_index.shape[1]))
+        for start in range(0, len(hidden), step):
+            part = slice(start, start + step)
+            out[part] = compiled.run(hidden[part], top_k_index[part], top_k_weights[part])
+        return out
+
+
+def _quantize_rows(x: Tensor, source: Tensor, routing: Routing, schemes: Sequence[Scheme]) -> tuple[np.ndarray, ...]:
+    """
+    Prepare activations as each expert's scheme wants them: x_float, x_int, x_scale, source of `kernels.group_gemm`.
+
+    Experts that treat activations alike share the result; rows that no such expert reads are not prepared.
+    """
+    used = [expert for expert, count in enumerate(routing.counts.tolist()) if count]
+    kinds = {expert: _activation_kind(schemes[expert]) for expert in used}
+    floats: list[Tensor] = []
+    codes: list[Tensor] = []
+    scales: list[Tensor] = []
+    where = torch.empty(len(source), dtype=torch.int64)
+    for kind in dict.fromkeys(kinds.values()):
+        members = [expert for expert in used if kinds[expert] == kind]
+        mine = slice(None) if len(members) == len(used) else torch.isin(routing.expert, torch.tensor(members))
+        picked = source[mine]
+        whole = len(x) <= len(picked)
+        rows = x if whole else x[picked]
+        position = picked if whole else torch.arange(len(picked))
+        scheme = schemes[members[0]]
+        if scheme.act_format == "int":
+            where[mine] = position + sum(map(len, codes))
+            code, scale = quantize_activation(rows, scheme)
+            codes.append(code)
+            scales.append(scale)
+        else:
+            where[mine] = position + sum(map(len, floats))
+            floats.append(fake_quantize_activation(rows, scheme))
+    return (
+        _rows_of(floats, -(-x.shape[1] // 8) * 8, torch.float32),
+        _rows_of(codes, x.shape[1], torch.int8),
+        _rows_of(scales, max((scale.shape[1] for scale in scales), default=1), torch.float32),
+        where.numpy().view(np.uint64),
+    )
+
+
+def _activation_kind(scheme: Scheme) -> tuple[object, ...]:
+    return scheme.act_bits, scheme.act_format, scheme.act_group_size
+
+
+def _rows_of(parts: Sequence[Tensor], width: int, dtype: torch.dtype) -> np.ndarray:
+    """Stack parts [rows, at most width], filled up with zeros to `width`."""
+    wide = [functional.pad(part, (0, width - part.shape[1])) if part.shape[1] < width else part for part in parts]
+    if not wide:
+        return np.empty((0, width), torch.empty(0, dtype=dtype).numpy().dtype)
+    return (wide[0] if len(wide) == 1 else torch.cat(wide)).contiguous().numpy()

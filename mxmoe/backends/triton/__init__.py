@@ -1,0 +1,46 @@
+"""
+The GPU backend's seat: plans for it can be made, costed and saved; this build has no kernels to run them.
+
+What is declared here is what the kernels will have to run: the schemes whose matrix units exist on the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mxmoe.errors import NoKernels
+from mxmoe.ir import ModuleOp, Scheme
+from mxmoe.target import TARGETS, Executable, WeightSource
+
+INTEGER_BITS: Mapping[str, tuple[int, ...]] = {
+    "89": (4, 8),
+    # Hopper has no 4-bit integer matrix unit: emulating it costs more than 8 bits do
+    "90": (8,),
+}
+"""Compute capability -> widths of integer activations that its matrix units multiply. Both multiply e4m3."""
+
+
+@dataclass(frozen=True)
+class TritonBackend:
+    """Declares what a CUDA machine of one compute capability runs."""
+
+    capability: str = "89"
+    """`89` for Ada, `90` for Hopper."""
+
+    name = "triton"
+
+    def supports(self, scheme: Scheme) -> bool:
+        """Say whether the machine has matrix units for this scheme; weights are decoded to the activations' type."""
+        return scheme.act_format != "int" or scheme.act_bits in INTEGER_BITS.get(self.capability, ())
+
+    def compile(self, module: ModuleOp, weights: WeightSource) -> Mapping[str, Executable]:
+        """
+        Refuse: there are no kernels in this build.
+
+        Raises:
+            NoKernels: always; the message names the targets that run.
+        """
+        del module, weights
+        runnable = ", ".join(sorted(name for name, target in TARGETS.items() if target.backend != self.name))
+        raise NoKernels(backend=self.name, runnable=runnable)
