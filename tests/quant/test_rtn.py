@@ -181,6 +181,13 @@ def test_rows_of_zeros_stay_zeros(scheme: Scheme) -> None:
     assert (dequantize(quantize(weight, scheme))[0] == 0).all()
 
 
+@given(st.floats(SMALLEST * 255, 2.0**126, width=32), st.booleans(), st.sampled_from(INT_SCHEMES + E4M3_SCHEMES))
+@settings(max_examples=100, deadline=None)
+def test_constant_groups_are_kept_up_to_the_rounding_of_the_scale(value: float, negative: bool, scheme: Scheme) -> None:
+    weight = torch.full((2, 40), -value if negative else value)
+    torch.testing.assert_close(dequantize(quantize(weight, scheme)), weight, rtol=2.0**-7, atol=0)
+
+
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 5), (0, 4), (0, 3, 4)])
 def test_small_and_empty_shapes(scheme: Scheme, shape: tuple[int, ...]) -> None:
