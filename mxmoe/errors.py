@@ -443,3 +443,72 @@ class WrongDevice(MxmoeError):
     """Tensors on a device that the backend cannot read."""
 
     message = "{backend} runs on the CPU and {block} was given tensors on {device}; move them, or compile for that device"
+
+
+# Calibration
+
+
+class EmptyCalibration(MxmoeError):
+    """Calibration data without a single token."""
+
+    message = "{what} holds no calibration data; pass at least one token, or leave inputs out for a data-free estimate"
+
+
+class NonFiniteCalibration(MxmoeError):
+    """NaN or infinity in calibration data."""
+
+    message = "calibration batch {batch} holds NaN or infinity, the first at {index}; leave such batches out"
+
+
+class BadCalibration(MxmoeError):
+    """A calibration batch that the module cannot take."""
+
+    message = "calibration batch {batch} is {found}; {wanted}"
+
+
+class NothingObserved(MxmoeError):
+    """A bank that no calibration token reached."""
+
+    message = (
+        "no token reached bank {bank!r} of block {block!r} while the data ran through the module; check that"
+        " `run` calls the module that was lifted, and that the data is what it expects"
+    )
+
+
+class NotInStats(MxmoeError):
+    """A bank, role or scheme that was not observed."""
+
+    message = "the statistics have no {what}; they have {known}. Observe with it, or choose among these"
+
+
+class StatsMismatch(MxmoeError):
+    """Statistics that cannot be added up."""
+
+    message = "these statistics cannot be merged: {reason}; merge runs over one model with the same schemes"
+
+
+class BrokenStats(MxmoeError):
+    """A statistics file that is missing, cut short or damaged."""
+
+    message = "{path} is not a readable statistics file ({reason}); write it again with Stats.save"
+
+
+class TextTooShort(MxmoeError):
+    """A text with fewer windows than were asked for."""
+
+    message = "{source} has {size} bytes: {available} windows of {length}, not {count}; ask for fewer or shorter ones"
+
+
+# Reports
+
+
+class RaggedTable(MxmoeError):
+    """A row with too few or too many cells."""
+
+    message = "row {number} of the table has {cells} cells for {columns} columns; give one cell per column, or none"
+
+
+class EmptyPicture(MxmoeError):
+    """A picture of nothing, or of parts that do not belong together."""
+
+    message = "cannot draw {what}: {reason}"
