@@ -40,8 +40,8 @@ DECAY_SHARE = 0.3
 # Model
 
 
-def build_model(tiny: bool) -> Qwen2MoeForCausalLM:
-    """Build the untrained model; `tiny` is a toy of the same form for tests."""
+def build_model(tiny: bool, balance: float) -> Qwen2MoeForCausalLM:
+    """Build the untrained model; `tiny` is a toy of the same form for tests, `balance` the weight of the balance loss."""
     hidden, layers, experts, intermediate = (32, 2, 4, 32) if tiny else (128, 4, 16, 128)
     config = Qwen2MoeConfig(
         vocab_size=256,
@@ -57,7 +57,7 @@ def build_model(tiny: bool) -> Qwen2MoeForCausalLM:
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         initializer_range=0.06,
-        router_aux_loss_coef=0.004,
+        router_aux_loss_coef=balance,
         bos_token_id=None,
         eos_token_id=None,
         use_cache=False,
@@ -125,7 +125,7 @@ class Trainer:
         self.device = options.device
         torch.manual_seed(options.seed)
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
-        self.model = build_model(options.tiny)
+        self.model = build_model(options.tiny, options.balance)
         self.masters = [p.detach().float().to(self.device).clone() for p in self.model.parameters()]
         # The shipped weights are bf16, so the GPU trains the rounded ones: the last rounding costs nothing.
         self.model.to(self.device, torch.bfloat16 if self.device.startswith("cuda") else torch.float32)
@@ -263,6 +263,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100_000, help="step budget; whichever ends first")
     parser.add_argument("--batch", type=int, default=256, help="windows of 512 bytes per step")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--balance", type=float, default=0.0005, help="weight of the balance loss: less, more skew")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate-every", type=int, default=200, help="steps between evaluations")
     parser.add_argument("--patience", type=int, default=4, help="evaluations without --gain that end the flat phase")
