@@ -1,18 +1,19 @@
 """
-The definition of every op: a module is run op by op in torch, at whatever stage it is. Other backends are wrong until they agree.
+The definition of every op: a module is run op by op in torch, at whatever stage it is. Others must agree with it.
 
-One function per op type, in the table `RUN`. Dense weights at the stages `lifted` and `annotated`, the quantized ones of
-the chosen schemes (`mxmoe.quant.matmul`) at `allocated` and `lowered`. Slow, and small enough to be read.
+One function per op type, in the table `RUN`. Dense weights at the stages `lifted` and `annotated`, the quantized ones
+of the chosen schemes (`mxmoe.quant.matmul`) at `allocated` and `lowered`. Slow, and small enough to be read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from xdsl.ir import Operation
 
 from mxmoe.backends.routing import Routing, check_call, sort_assignments
 from mxmoe.errors import BadWeightShape, NoSuchBank
@@ -96,12 +97,9 @@ class EagerExecutable:
         route = found[bank].route
         check_call(self.moe.block, self.moe.hidden, route.experts, hidden, top_k_index, top_k_weights)
         routing = sort_assignments(top_k_index, top_k_weights, route.experts)
-        state = _State(self, routing, {self.moe.body.block.args[0]: hidden.to(torch.float32)})
-        for op in self.moe.body.block.ops:
-            if type(op) in RUN and (op is route or all(value in state.values for value in op.operands)):
-                if isinstance(op, RouteOp) and op is not route:
-                    continue
-                RUN[type(op)](state, op)
+        state = _State(self, routing, len(hidden), {route.hidden_states: hidden.to(torch.float32)})
+        for op in _chain(self.moe, route):
+            RUN[type(op)](state, op)
         return state.trace
 
 
@@ -111,8 +109,9 @@ class _State:
 
     executable: EagerExecutable
     routing: Routing
+    tokens: int
     values: dict[Any, Tensor]
-    """SSA value -> tensor; the routing value stands for itself."""
+    """SSA value -> tensor; the routing of all ops is `routing`."""
     trace: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def set(self, value: Any, name: str, tensor: Tensor) -> None:  # noqa: ANN401  # xDSL: SSAValue of any type
@@ -124,7 +123,6 @@ class _State:
 def run_route(state: _State, op: RouteOp) -> None:
     """rows[i] = hidden[token of assignment i]."""
     state.values[op.rows] = state.values[op.hidden_states][state.routing.token]
-    state.values[op.routing] = state.routing.expert
 
 
 def run_linear(state: _State, op: LinearOp) -> None:
@@ -150,8 +148,7 @@ def run_act(state: _State, op: ActOp) -> None:
 def run_combine(state: _State, op: CombineOp) -> None:
     """out[t] = ((0 + weight * row) + weight * row) + ... over the assignments of t, first slot first, in float32."""
     rows, routing = state.values[op.rows], state.routing
-    hidden = next(iter(state.values.values()))
-    out = torch.zeros((len(hidden), rows.shape[1]), dtype=torch.float32, device=rows.device)
+    out = torch.zeros((state.tokens, rows.shape[1]), dtype=torch.float32, device=rows.device)
     for slot in range(int(routing.slot.max()) + 1 if len(routing.slot) else 0):
         mine = routing.slot == slot
         out[routing.token[mine]] += routing.weight[mine, None] * rows[mine]
@@ -166,6 +163,15 @@ RUN: Mapping[type, Callable[[_State, Any], None]] = {
     CombineOp: run_combine,
 }
 """Op type -> what it does; the banks' sum, `yield`, is the caller's, who runs banks one by one."""
+
+
+def _chain(moe: MoeOp, route: RouteOp) -> Iterator[Operation]:
+    """List the ops of one bank in order: its route and what is made from it, but for the yield."""
+    chain: set[Operation] = set()
+    for op in moe.body.block.ops:
+        if op is route or (type(op) in RUN and any(value.owner in chain for value in op.operands)):
+            chain.add(op)
+            yield op
 
 
 def _linear(state: _State, rows: Tensor, weight: str, bias: str | None, choice: Table | None) -> Tensor:

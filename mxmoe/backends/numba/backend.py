@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from xdsl.ir import SSAValue
 
 from mxmoe.backends.numba import kernels
 from mxmoe.backends.numba.executable import Bank, GroupGemm, NumbaExecutable
 from mxmoe.backends.numba.layout import ArenaBuilder
 from mxmoe.errors import BadWeightShape, NotLowered
-from mxmoe.ir import GroupGemmOp, ModuleOp, MoeOp, Scheme, Tile, banks, moe_ops
 from mxmoe.ir import Bank as BankOps
+from mxmoe.ir import GroupGemmOp, ModuleOp, MoeOp, Scheme, Tile, banks, moe_ops
 from mxmoe.quant import pack
 from mxmoe.target import WeightSource
 
@@ -56,6 +57,10 @@ class NumbaBackend:
         for moe in blocks:
             if moe.stage != "lowered":
                 raise NotLowered(backend=self.name, block=moe.block, stage=moe.stage, missing=_MISSING[moe.stage])
+        for moe in blocks:
+            for op in moe.body.block.ops:
+                if isinstance(op, GroupGemmOp):
+                    _bias(op, weights)  # refuse a wrong one before packing, which takes long
         return {moe.block: _compile_block(moe, weights) for moe in blocks}
 
 
@@ -67,7 +72,9 @@ def _compile_block(moe: MoeOp, weights: WeightSource) -> NumbaExecutable:
 def _compile_bank(bank: BankOps, moe: MoeOp, weights: WeightSource) -> Bank:
     entries = [gemm for gemm in bank.gemms if gemm.role != "down"]
     down = next(gemm for gemm in bank.gemms if gemm.role == "down")
-    made_by = {result: (i, j) for i, gemm in enumerate(entries) for j, result in enumerate(gemm.outs)}
+    made_by: dict[SSAValue, tuple[int, int]] = {
+        result: (i, j) for i, gemm in enumerate(entries) for j, result in enumerate(gemm.outs)
+    }
     return Bank(
         experts=bank.experts,
         entries=tuple(_compile_gemm(gemm, moe, weights) for gemm in entries),

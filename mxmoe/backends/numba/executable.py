@@ -86,20 +86,27 @@ class Bank:
         """Bytes of codes, scales, zero points and biases."""
         return sum(gemm.arena.nbytes for gemm in (*self.entries, self.down))
 
-    def run(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Run checked tokens [tokens, hidden] through their experts: float32 [tokens, hidden]."""
+    def run(self, hidden: Tensor, index: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """
+        Run checked tokens [tokens, hidden] through their experts.
+
+        Returns:
+            What every step made, in float32: `gate`, `up`, `act` and `down` [assignments, width], by expert and within
+            an expert by token, and `out` [tokens, hidden].
+        """
         routing = sort_assignments(index, weights, self.experts)
         outs = [gemm(hidden, routing.token, routing) for gemm in self.entries]
         inputs = [outs[gemm][weight] for gemm, weight in self.act_inputs]
         gate, up = inputs if len(inputs) == 2 else (None, inputs[0])
+        act = apply_act(self.act, gate, up, self.act_params)
         rows = torch.arange(len(routing.token))
-        y = self.down(apply_act(self.act, gate, up, self.act_params), rows, routing)[0]
+        down = self.down(act, rows, routing)[0]
         slots = torch.full(index.shape, -1, dtype=torch.int64)
         slots[routing.token, routing.slot] = rows
-        out = torch.empty((len(hidden), y.shape[1]), dtype=torch.float32)
+        out = torch.empty((len(hidden), down.shape[1]), dtype=torch.float32)
         with _LAUNCH:
-            kernels.combine(y.numpy(), slots.numpy(), weights.to(torch.float32).contiguous().numpy(), out.numpy())
-        return out
+            kernels.combine(down.numpy(), slots.numpy(), weights.to(torch.float32).contiguous().numpy(), out.numpy())
+        return {**({} if gate is None else {"gate": gate}), "up": up, "act": act, "down": down, "out": out}
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,19 +131,29 @@ class NumbaExecutable:
             NoSuchBank: the block has no such bank.
             BadHidden, BadRouting, WrongDevice: arguments that do not fit the block.
         """
-        if bank not in self.banks:
-            raise NoSuchBank(block=self.block, bank=bank, known=", ".join(self.banks))
-        compiled = self.banks[bank]
-        check_call(self.block, self.hidden, compiled.experts, hidden, top_k_index, top_k_weights)
-        for tensor in (hidden, top_k_index, top_k_weights):
-            if tensor.device.type != "cpu":
-                raise WrongDevice(backend="numba", block=self.block, device=tensor.device)
+        compiled = self._checked(bank, hidden, top_k_index, top_k_weights)
         out = torch.empty_like(hidden)
         step = max(1, MAX_ROWS // max(1, top_k_index.shape[1]))
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
-            out[part] = compiled.run(hidden[part], top_k_index[part], top_k_weights[part])
+            out[part] = compiled.run(hidden[part], top_k_index[part], top_k_weights[part])["out"]
         return out
+
+    @torch.no_grad()
+    def trace(self, bank: str, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> dict[str, Tensor]:
+        """Run one bank and keep what every step made, as `EagerExecutable.trace` does. Raises what a call raises."""
+        return self._checked(bank, hidden, top_k_index, top_k_weights).run(hidden, top_k_index, top_k_weights)
+
+    def _checked(self, bank: str, hidden: Tensor, index: Tensor, weights: Tensor) -> Bank:
+        """Check a call, and give the bank that it asks for."""
+        if bank not in self.banks:
+            raise NoSuchBank(block=self.block, bank=bank, known=", ".join(self.banks))
+        compiled = self.banks[bank]
+        check_call(self.block, self.hidden, compiled.experts, hidden, index, weights)
+        for tensor in (hidden, index, weights):
+            if tensor.device.type != "cpu":
+                raise WrongDevice(backend="numba", block=self.block, device=tensor.device)
+        return compiled
 
 
 def _quantize_rows(x: Tensor, source: Tensor, routing: Routing, schemes: Sequence[Scheme]) -> tuple[np.ndarray, ...]:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit, prange
 
 PANEL = 64
@@ -26,6 +27,16 @@ FLOAT_CODES, FLOAT_E4M3, FLOAT_BF16, FLOAT_FP16, INTEGER = range(5)
 
 # columns of a descriptor: one row per matrix
 FAMILY, BITS, K, N, GROUP, GROUPS, PAYLOAD, META, IS_WIDE, IS_ASYM, ACT_GROUPED, CHUNK, BIAS, N_FIELDS = range(14)
+
+# what numba infers by itself; written down for readers and the type checker
+Bytes = npt.NDArray[np.uint8]
+Words = npt.NDArray[np.uint16]
+Codes = npt.NDArray[np.int8]
+Shorts = npt.NDArray[np.int16]
+Longs = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.uint64]
+Floats = npt.NDArray[np.float32]
+Index = np.uint64
 
 U = np.uint64
 _PANEL = U(PANEL)
@@ -49,21 +60,11 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return decorate
 
 
-def e4m3_values() -> np.ndarray:
-    """The float32 value of each of the 256 e4m3 codes; the two NaN codes never occur in a weight and give 480."""
-    code = np.arange(256)
-    exponent, mantissa = (code >> 3) & 15, code & 7
-    magnitude = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
-    return np.where(code & 128, -magnitude, magnitude).astype(np.float32)
-
-
-_E4M3 = e4m3_values()
-
 # Indices are unsigned throughout: numba wraps negative indices, and that test would keep loops from being vectorised.
 
 
 @kernel()
-def load_scales(source, wide, offset, count, out):
+def load_scales(source: Words, wide: np.int64, offset: Index, count: Index, out: Floats) -> None:
     """Read `count` scales or zero points: float32 bits as they are, bf16 bits moved to the upper half."""
     bits = out.view(np.int32)
     if wide:
@@ -77,43 +78,46 @@ def load_scales(source, wide, offset, count, out):
 
 
 @kernel(fastmath={"contract"})
-def decode_codes(payload, base, bits, width, first, count, times, scale, zero, out, row):
+def decode_codes(
+    payload: Bytes,
+    base: Index,
+    bits: Index,
+    width: Index,
+    first: Index,
+    count: Index,
+    times: np.float32,
+    scale: Floats,
+    zero: Floats,
+    out: Floats,
+    row: Index,
+) -> None:
     """
     Decode `count` channels of a panel from codes of 1 to 8 bits: out = (times * code - zero) * scale.
 
-    Code k of a column starts at bit k * bits; a panel holds byte j of all its columns side by side.
+    Code k of a column starts at bit k * bits; a panel holds byte j of all its columns side by side. A code is masked
+    out where it stands and brought down by a power of two in the multiplication, which saves shifting the lanes.
     """
-    mask = (_1 << bits) - _1
-    aligned = _8 % bits == _0
+    ones = (_1 << bits) - _1
     for k in range(count):
         start = (first + k) * bits
         low = base + (start >> _3) * width
         shift = start & _7
+        mask = ones << shift
+        unit = times / np.float32(_1 << shift)
         o = (row + k) * _PANEL
-        if aligned or shift + bits <= _8:
+        if shift + bits <= _8:
             for n in range(width):
-                code = np.int32((np.uint64(payload[low + n]) >> shift) & mask)
-                out[o + n] = (times * np.float32(code) - zero[n]) * scale[n]
+                code = np.int32(payload[low + n] & mask)
+                out[o + n] = (unit * np.float32(code) - zero[n]) * scale[n]
         else:
             high = low + width
             for n in range(width):
-                word = np.uint64(payload[low + n]) | (np.uint64(payload[high + n]) << _8)
-                code = np.int32((word >> shift) & mask)
-                out[o + n] = (times * np.float32(code) - zero[n]) * scale[n]
+                code = np.int32((np.uint64(payload[low + n]) | (np.uint64(payload[high + n]) << _8)) & mask)
+                out[o + n] = (unit * np.float32(code) - zero[n]) * scale[n]
 
 
 @kernel()
-def decode_e4m3(payload, base, width, first, count, scale, out, row):
-    """Decode `count` channels of a panel of e4m3 codes through the table of 256 values."""
-    for k in range(count):
-        start = base + (first + k) * width
-        o = (row + k) * _PANEL
-        for n in range(width):
-            out[o + n] = _E4M3[np.uint64(payload[start + n])] * scale[n]
-
-
-@kernel()
-def decode_bf16(halves, base, width, first, count, out, row):
+def decode_bf16(halves: Words, base: Index, width: Index, first: Index, count: Index, out: Floats, row: Index) -> None:
     """Decode `count` channels of a panel of bf16 weights: they are the upper half of a float32."""
     bits = out.view(np.int32)
     for k in range(count):
@@ -124,30 +128,65 @@ def decode_bf16(halves, base, width, first, count, out, row):
 
 
 @kernel()
-def decode_fp16(halves, base, width, first, count, out, row):
+def widen_half(half: np.int32) -> np.int32:
     """
-    Decode `count` channels of a panel of fp16 weights, denormals included, without using float32 denormals.
+    Float32 bits for the bits of a finite fp16, to which `half_excess` must still be added.
 
-    A normal number needs its exponent moved by 127 - 15; a denormal m * 2^-24 is 2^-14 * (1 + m / 1024) - 2^-14.
+    A normal number needs its exponent moved by 127 - 15. A denormal m * 2^-24 is 2^-14 * (1 + m / 1024) - 2^-14: so
+    float32 denormals, which a process may have switched off, do not occur.
     """
+    offset = np.int32(112 << 23) if half & np.int32(0x7C00) else np.int32(113 << 23)
+    sign = np.int32((half & np.int32(0x8000)) << np.int32(16))
+    return np.int32((np.int32((half & np.int32(0x7FFF)) << np.int32(13)) + offset) | sign)
+
+
+@kernel()
+def half_excess(half: np.int32) -> np.float32:
+    """Float32 to add to the number of `widen_half`: -2^-14 or 2^-14 for denormals, by sign, and 0 for others."""
+    denormal = np.float32(2.0**-14) if half & np.int32(0x8000) else np.float32(-(2.0**-14))
+    return np.float32(0.0) if half & np.int32(0x7C00) else denormal
+
+
+@kernel()
+def decode_fp16(halves: Words, base: Index, width: Index, first: Index, count: Index, out: Floats, row: Index) -> None:
+    """Decode `count` channels of a panel of finite fp16 weights, denormals included."""
     bits = out.view(np.int32)
     for k in range(count):
         start = base + (first + k) * width
         o = (row + k) * _PANEL
         for n in range(width):
-            half = np.int32(halves[start + n])
-            offset = np.int32(112 << 23) if half & np.int32(0x7C00) else np.int32(113 << 23)
-            sign = np.int32((half & np.int32(0x8000)) << np.int32(16))
-            bits[o + n] = np.int32((np.int32((half & np.int32(0x7FFF)) << np.int32(13)) + offset) | sign)
+            bits[o + n] = widen_half(np.int32(halves[start + n]))
         for n in range(width):
-            half = np.int32(halves[start + n])
-            excess = np.float32(-(2.0**-14)) if half & np.int32(0x8000) else np.float32(2.0**-14)
-            out[o + n] = out[o + n] - (np.float32(0.0) if half & np.int32(0x7C00) else excess)
+            out[o + n] = out[o + n] + half_excess(np.int32(halves[start + n]))
+
+
+@kernel()
+def e4m3_to_half(code: np.uint8) -> np.int32:
+    """Bits of the fp16 that is 2^-8 times the number of an e4m3 code; NaN, which never is in a weight, gives 480."""
+    return np.int32((np.int32(code & np.uint8(0x7F)) << np.int32(7)) | (np.int32(code & np.uint8(0x80)) << np.int32(8)))
+
+
+@kernel()
+def decode_e4m3(
+    payload: Bytes, base: Index, width: Index, first: Index, count: Index, scale: Floats, out: Floats, row: Index
+) -> None:
+    """Decode `count` channels of a panel of e4m3 weights by way of fp16, whose exponent is biased by 8 more."""
+    bits = out.view(np.int32)
+    for k in range(count):
+        start = base + (first + k) * width
+        o = (row + k) * _PANEL
+        for n in range(width):
+            bits[o + n] = widen_half(e4m3_to_half(payload[start + n]))
+        for n in range(width):
+            value = out[o + n] + half_excess(e4m3_to_half(payload[start + n]))
+            out[o + n] = (np.float32(256.0) * value) * scale[n]
 
 
 @kernel(fastmath={"contract"})
-def multiply_add(x, source, row0, row1, first, count, w, acc):
-    """acc[row - row0] += x[source[row], first : first + count] @ w for a decoded chunk [count, PANEL]; 8 divides count."""
+def multiply_add(
+    x: Floats, source: Indices, row0: Index, row1: Index, first: Index, count: Index, w: Floats, acc: Floats
+) -> None:
+    """acc[row - row0] += x[source[row], first : first + count] @ w for a decoded chunk [count, PANEL], 8 | count."""
     r = row0
     while r + _4 <= row1:
         a = (r - row0) * _PANEL
@@ -187,7 +226,18 @@ def multiply_add(x, source, row0, row1, first, count, w, acc):
 
 
 @kernel()
-def decode_chunk(d, payload, meta, panel0, width, first, count, scale, zero, w):
+def decode_chunk(
+    d: Longs,
+    payload: Bytes,
+    meta: Words,
+    panel0: Index,
+    width: Index,
+    first: Index,
+    count: Index,
+    scale: Floats,
+    zero: Floats,
+    w: Floats,
+) -> None:
     """Decode channels [first, first + count) of the panel that starts at column `panel0`, group by group."""
     bits, groups = U(d[BITS]), U(d[GROUPS])
     if d[FAMILY] == FLOAT_BF16 or d[FAMILY] == FLOAT_FP16:
@@ -222,7 +272,9 @@ def decode_chunk(d, payload, meta, panel0, width, first, count, scale, zero, w):
 
 
 @kernel()
-def float_tile(d, item, payload, meta, bias, x, source, y):
+def float_tile(
+    d: Longs, item: Longs, payload: Bytes, meta: Words, bias: Floats, x: Floats, source: Indices, y: Floats
+) -> None:
     """Rows of one tile with float activations: y[row, column] for the item's rows and columns, panel by panel."""
     row0, row1, column0, column1 = U(item[1]), U(item[2]), U(item[3]), U(item[4])
     channels, n_columns, chunk = U(d[K]), U(d[N]), U(d[CHUNK])
@@ -256,7 +308,7 @@ def float_tile(d, item, payload, meta, bias, x, source, y):
 
 
 @kernel()
-def decode_row(payload, base, bits, count, times, out, o):
+def decode_row(payload: Bytes, base: Index, bits: Index, count: Index, times: np.int16, out: Shorts, o: Index) -> None:
     """Widen one row of codes of 1 to 8 bits to int16: out[o + k] = times * code[k]."""
     if bits == _8:
         for k in range(count):
@@ -278,14 +330,14 @@ def decode_row(payload, base, bits, count, times, out, o):
 
 
 @kernel()
-def subtract(out, o, count, zero):
+def subtract(out: Shorts, o: Index, count: Index, zero: np.int16) -> None:
     """out[o : o + count] -= zero."""
     for k in range(count):
         out[o + k] = np.int16(out[o + k] - zero)
 
 
 @kernel()
-def dot(x, i, w, j, count):
+def dot(x: Codes, i: Index, w: Shorts, j: Index, count: Index) -> np.int32:
     """Sum of products of `count` integers in int32, exact: one sum at a time, or the pairing of products is lost."""
     total = np.int32(0)
     for k in range(count):
@@ -294,8 +346,10 @@ def dot(x, i, w, j, count):
 
 
 @kernel()
-def decode_integers(d, payload, meta, column, rows, scale, zero, w):
-    """Decode `rows` rows of an integer weight into w [rows, k] and their scales [rows, groups]; zero points go in here."""
+def decode_integers(
+    d: Longs, payload: Bytes, meta: Words, column: Index, rows: Index, scale: Floats, zero: Floats, w: Shorts
+) -> None:
+    """Decode `rows` rows of an integer weight, less their zero points, into w [rows, k]; and scales [rows, groups]."""
     bits, groups, channels, group = U(d[BITS]), U(d[GROUPS]), U(d[K]), U(d[GROUP])
     stride = (channels * bits + _7) >> _3
     per_scale = _2 if d[IS_WIDE] else _1
@@ -315,12 +369,22 @@ def decode_integers(d, payload, meta, column, rows, scale, zero, w):
 
 
 @kernel()
-def integer_tile(d, item, payload, meta, bias, x, x_scale, source, y):
+def integer_tile(
+    d: Longs,
+    item: Longs,
+    payload: Bytes,
+    meta: Words,
+    bias: Floats,
+    x: Codes,
+    x_scale: Floats,
+    source: Indices,
+    y: Floats,
+) -> None:
     """
     Rows of one tile with integer activations: int32 sums per group, then float32 in the order of the definition.
 
-    `y = sum over groups of float32(sum) * (s_a * s_w)`, first group first, and no multiply-add contraction: the result is
-    the definition's, bit for bit.
+    `y = sum over groups of float32(sum) * (s_a * s_w)`, first group first, and no multiply-add contraction: the result
+    is the definition's, bit for bit.
     """
     row0, row1, column0, column1 = U(item[1]), U(item[2]), U(item[3]), U(item[4])
     channels, groups, group = U(d[K]), U(d[GROUPS]), U(d[GROUP])
@@ -351,7 +415,18 @@ def integer_tile(d, item, payload, meta, bias, x, x_scale, source, y):
 
 
 @kernel(parallel=True)
-def group_gemm(items, matrices, payload, meta, bias, x_float, x_int, x_scale, source, y):
+def group_gemm(
+    items: Longs,
+    matrices: Longs,
+    payload: Bytes,
+    meta: Words,
+    bias: Floats,
+    x_float: Floats,
+    x_int: Codes,
+    x_scale: Floats,
+    source: Indices,
+    y: Floats,
+) -> None:
     """
     Multiply every tile of a work list: one launch for all experts, weights and schemes of a group GEMM.
 
@@ -379,7 +454,7 @@ def group_gemm(items, matrices, payload, meta, bias, x_float, x_int, x_scale, so
 
 
 @kernel(parallel=True)
-def combine(rows, slots, weights, out):
+def combine(rows: Floats, slots: Longs, weights: Floats, out: Floats) -> None:
     """
     Weigh and add each token's rows in the order of its top-k: out[t] = ((0 + w0 * y0) + w1 * y1) + ...
 

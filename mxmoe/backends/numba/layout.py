@@ -1,8 +1,8 @@
 """
 How a bank's matrices lie in memory for the kernels: the packed bytes, reordered, with a row of numbers that says where.
 
-Nothing is decoded and nothing is added: a matrix takes exactly the bytes of its `Packed` form. For the float kernels the
-bytes of 64 neighbouring columns (a panel) are interleaved, so that one load reads the same channel of many columns;
+Nothing is decoded and nothing is added: a matrix takes exactly the bytes of its `Packed` form. For the float kernels
+the bytes of 64 neighbouring columns (a panel) are interleaved, so that one load reads the same channel of many columns;
 integer kernels read rows as they are packed.
 """
 

@@ -1,12 +1,13 @@
 """
 The work list of a group GEMM: which rows and columns of which expert each tile computes.
 
-The arithmetic is two functions of plain numbers, `n_blocks` and `block_bounds`, and a running sum over experts; that every
-output element is in exactly one tile is proved for them symbolically in the tests.
+The arithmetic is two functions of plain numbers, `n_blocks` and `block_bounds`, and a running sum over experts; that
+every output element is in exactly one tile is proved for them symbolically in the tests.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,18 +21,14 @@ def n_blocks(count: Any, size: Any) -> Any:  # noqa: ANN401  # int, array or sym
     return (count + size - 1) // size
 
 
-def block_bounds(index: Any, count: Any, size: Any) -> tuple[Any, Any]:  # noqa: ANN401  # as above
-    """First element of block `index` and how many it has at most `size`: block 2 of 9 in blocks of 4 -> 8, 1."""
-    start = index * size
-    return start, _smaller(size, count - start)
-
-
-def _smaller(a: Any, b: Any) -> Any:  # noqa: ANN401  # as above
-    if isinstance(a, int) and isinstance(b, int):
-        return min(a, b)
-    if isinstance(a, np.ndarray | np.integer) or isinstance(b, np.ndarray | np.integer):
-        return np.minimum(a, b)
-    return a.minimum(b)
+def block_bounds(
+    index: Any,  # noqa: ANN401  # as above
+    count: Any,  # noqa: ANN401  # as above
+    size: Any,  # noqa: ANN401  # as above
+    minimum: Callable[[Any, Any], Any] = np.minimum,
+) -> tuple[Any, Any]:
+    """First element of block `index`, and the one behind its last: block 2 of 9 in blocks of 4 -> 8, 9."""
+    return index * size, minimum((index + 1) * size, count)
 
 
 def tile_list(counts: np.ndarray, tile_rows: np.ndarray, tile_columns: np.ndarray, n: int) -> np.ndarray:
@@ -53,8 +50,8 @@ def tile_list(counts: np.ndarray, tile_rows: np.ndarray, tile_columns: np.ndarra
     tiles = row_blocks * column_blocks
     expert = np.repeat(np.arange(len(counts)), tiles)
     within = np.arange(len(expert)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
-    row, rows = block_bounds(within // column_blocks[expert], counts[expert], tile_rows[expert])
-    column, columns = block_bounds(within % column_blocks[expert], n, tile_columns[expert])
-    row = row + (np.cumsum(counts) - counts)[expert]
-    items = np.stack([expert, row, row + rows, column, column + columns], axis=1).astype(np.int64)
-    return items[np.argsort(-(rows + DECODE_ROWS) * columns, kind="stable")]
+    row, row_end = block_bounds(within // column_blocks[expert], counts[expert], tile_rows[expert])
+    column, column_end = block_bounds(within % column_blocks[expert], n, tile_columns[expert])
+    start = (np.cumsum(counts) - counts)[expert]
+    items = np.stack([expert, start + row, start + row_end, column, column_end], axis=1).astype(np.int64)
+    return items[np.argsort(-(row_end - row + DECODE_ROWS) * (column_end - column), kind="stable")]

@@ -9,30 +9,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mxmoe.errors import NoKernels
+from mxmoe.errors import NoKernels, UnknownName
 from mxmoe.ir import ModuleOp, Scheme
+from mxmoe.registry import near_names
 from mxmoe.target import TARGETS, Executable, WeightSource
 
-INTEGER_BITS: Mapping[str, tuple[int, ...]] = {
-    "89": (4, 8),
+HAS_INT4 = {
+    "89": True,
     # Hopper has no 4-bit integer matrix unit: emulating it costs more than 8 bits do
-    "90": (8,),
+    "90": False,
 }
-"""Compute capability -> widths of integer activations that its matrix units multiply. Both multiply e4m3."""
+"""Compute capability -> whether its matrix units multiply 4-bit integers. All multiply 8-bit integers and e4m3."""
 
 
 @dataclass(frozen=True)
 class TritonBackend:
-    """Declares what a CUDA machine of one compute capability runs."""
+    """
+    Declares what a CUDA machine of one compute capability runs.
+
+    Raises:
+        UnknownName: a capability that no plan can be made for.
+    """
 
     capability: str = "89"
     """`89` for Ada, `90` for Hopper."""
 
     name = "triton"
 
+    def __post_init__(self) -> None:
+        if self.capability not in HAS_INT4:
+            near = near_names(self.capability, HAS_INT4)
+            raise UnknownName(kind="compute capability", name=self.capability, near=near)
+
     def supports(self, scheme: Scheme) -> bool:
         """Say whether the machine has matrix units for this scheme; weights are decoded to the activations' type."""
-        return scheme.act_format != "int" or scheme.act_bits in INTEGER_BITS.get(self.capability, ())
+        return scheme.act_format != "int" or scheme.act_bits > 4 or HAS_INT4[self.capability]
 
     def compile(self, module: ModuleOp, weights: WeightSource) -> Mapping[str, Executable]:
         """
