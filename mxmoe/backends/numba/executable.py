@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numba
@@ -24,7 +25,9 @@ from mxmoe.quant.acts import apply_act
 MAX_ROWS = 16384
 """Assignments that are run at once; more tokens are run in turns, which bounds the memory between the GEMMs."""
 
-# numba's fallback threading layer must not be entered from two threads, and there are no cores to spare anyway
+ALONE = 2**20
+"""Multiply-adds below which one thread is done before a second one has woken up."""
+
 _LAUNCH = threading.Lock()
 
 
@@ -63,7 +66,7 @@ class GroupGemm:
             again = [items + np.array([weight * len(self.tiles), 0, 0, 0, 0]) for weight in range(self.n_weights)]
             items = np.stack(again, axis=1).reshape(-1, 5)
         arena = self.arena
-        with _LAUNCH, numba.parallel_chunksize(1):  # one tile at a time: the longest are first
+        with _launching(y.numel() * x.shape[1]):
             kernels.group_gemm(items, arena.matrices, arena.payload, arena.meta, arena.bias, *inputs, y.numpy())
         return y
 
@@ -104,7 +107,7 @@ class Bank:
         slots = torch.full(index.shape, -1, dtype=torch.int64)
         slots[routing.token, routing.slot] = rows
         out = torch.empty((len(hidden), down.shape[1]), dtype=torch.float32)
-        with _LAUNCH:
+        with _launching(down.numel()):
             kernels.combine(down.numpy(), slots.numpy(), weights.to(torch.float32).contiguous().numpy(), out.numpy())
         return {**({} if gate is None else {"gate": gate}), "up": up, "act": act, "down": down, "out": out}
 
@@ -154,6 +157,22 @@ class NumbaExecutable:
             if tensor.device.type != "cpu":
                 raise WrongDevice(backend="numba", block=self.block, device=tensor.device)
         return compiled
+
+
+@contextmanager
+def _launching(multiply_adds: int) -> Iterator[None]:
+    """
+    Hold numba's threads: as many as the work needs, one tile at a time each, so that the longest tiles start first.
+
+    One launch at a time in the process: numba's fallback threading layer must not be entered from two threads.
+    """
+    with _LAUNCH, numba.parallel_chunksize(1):
+        threads = numba.get_num_threads()
+        numba.set_num_threads(1 if multiply_adds < ALONE else threads)
+        try:
+            yield
+        finally:
+            numba.set_num_threads(threads)
 
 
 def _quantize_rows(x: Tensor, source: Tensor, routing: Routing, schemes: Sequence[Scheme]) -> tuple[np.ndarray, ...]:

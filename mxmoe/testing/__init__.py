@@ -1,0 +1,37 @@
+"""
+For those who write backends, passes and quantizers: strategies that draw what can go wrong, and the equivalence check.
+
+    @given(case=cases())
+    def test_my_backend(case):
+        assert_backends_agree(case.module, case.weights, case.hidden, case.routings, backends=("eager", "mine"))
+
+Needs hypothesis (the `test` extra), and is the only package of ours that imports it.
+"""
+
+from mxmoe.testing.agree import assert_backends_agree
+from mxmoe.testing.blocks import Routed, at_stage, random_weights
+from mxmoe.testing.strategies import (
+    SCHEMES,
+    Case,
+    blocks,
+    cases,
+    modules,
+    routings,
+    schemes,
+    tables,
+)
+
+__all__ = [
+    "SCHEMES",
+    "Case",
+    "Routed",
+    "assert_backends_agree",
+    "at_stage",
+    "blocks",
+    "cases",
+    "modules",
+    "random_weights",
+    "routings",
+    "schemes",
+    "tables",
+]
