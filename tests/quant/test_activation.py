@@ -122,6 +122,12 @@ def test_a_token_that_is_not_finite_shows_it_and_spoils_no_other(scheme: Scheme,
     x[1, 5] = bad
     found = fake_quantize_activation(x, scheme)
     assert not found[1, 5].isfinite()
+    codes, scale = quantize_activation(x, scheme)
+    if scheme.act_bits < 16:
+        size = scheme.act_group_size or 40
+        group = 5 // size
+        assert scale[1, group].isnan()
+        assert (codes[1, group * size : (group + 1) * size].float() == 0).all()
     assert torch.equal(found[[0, 2]], clean[[0, 2]])
 
 

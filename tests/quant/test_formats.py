@@ -58,6 +58,13 @@ def test_no_other_code_is_nearer(scheme: Scheme) -> None:
         assert (error <= (other - weight).abs() + 1e-6).all()
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_symmetric_codes_stay_symmetric_far_outside_the_range(bits: int) -> None:
+    scheme = Scheme.parse(f"w{bits}a16_sym")
+    codes = FORMATS["int"].encode(torch.tensor([[-1e9, 1e9]]), scheme, torch.ones(1, 1), None)
+    assert codes.tolist() == [[1, 2**bits - 1]]
+
+
 def test_e4m3_takes_the_codes_of_the_standard() -> None:
     fmt, scheme = FORMATS["e4m3"], Scheme.parse("w8a8_e4m3")
     weight = torch.tensor([[448.0, 1e9, -465.0, 17.0, 2.0**-9, 2.0**-11, 0.0]])

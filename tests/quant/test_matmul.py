@@ -1,6 +1,6 @@
 """The definition of the linear: bit for bit against plain integers, within its tolerance against float64."""
 
-from fractions import Fraction
+import math
 
 import numpy as np
 import pytest
@@ -40,6 +40,13 @@ def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def value_of(code: float, zero: float, q: Quantized) -> float:
+    """What a code stands for before scaling."""
+    if q.scheme.weight_format == "e4m3":
+        return code
+    return 2 * code - 1 if q.scheme.weight_bits == 1 and q.scheme.symmetric else code - zero
+
+
 def plain(x: torch.Tensor, q: Quantized) -> list[list[float]]:
     """The formula of `matmul` in plain Python: exact inner sums, then one float32 operation after the other."""
     assert q.scale is not None
@@ -52,14 +59,11 @@ def plain(x: torch.Tensor, q: Quantized) -> list[list[float]]:
             total = np.float32(0)
             for g, s_w in enumerate(q.scale[n].tolist()):
                 zero = q.zero[n, g].item() if q.zero is not None else 2 ** (bits - 1)
-                exact = Fraction(0)
-                for i in range(g * size, min((g + 1) * size, q.k)):
-                    value = c[i] if q.scheme.weight_format == "e4m3" else 2 * c[i] - 1 if bits == 1 else c[i] - zero
-                    if bits == 1 and q.zero is not None:
-                        value = c[i] - zero
-                    exact += Fraction(a[i]) * Fraction(value)
+                part = range(g * size, min((g + 1) * size, q.k))
+                # products of codes are short numbers, and fsum rounds the exact sum of them once
+                exact = math.fsum(a[i] * value_of(c[i], zero, q) for i in part)
                 scales = np.float32(s_a[g if len(s_a) > 1 else 0]) * np.float32(s_w)
-                total = total + np.float32(float(exact)) * scales
+                total = total + np.float32(exact) * scales
             row.append(float(total))
         result.append(row)
     return result
@@ -72,14 +76,16 @@ def test_exactly_the_plain_formula(scheme: Scheme, m: int, n: int, k: int, seed:
     assert matmul(x, q).tolist() == plain(x, q)
 
 
-@pytest.mark.parametrize("scheme", INT, ids=str)
-def test_exact_where_float32_would_not_be(scheme: Scheme) -> None:
-    # the largest codes everywhere: sums reach the border at which the definition changes its arithmetic
-    k = 1200
-    x = torch.ones(1, k)
+@pytest.mark.parametrize("scheme", INT + E4M3, ids=str)
+@pytest.mark.parametrize("k", [519, 1001])
+def test_exact_where_float32_would_not_be(scheme: Scheme, k: int) -> None:
+    # the largest codes nearly everywhere: sums pass 2^24, where the definition changes its arithmetic
+    x = torch.ones(2, k)
     x[0, -1] = -0.37
-    weight = torch.ones(1, k)
-    weight[0, 0] = -1.0
+    x[1] = seeded(k)
+    weight = torch.ones(2, k)
+    weight[0, 0] = 0.37
+    weight[1] = seeded(k, seed=1)
     q = quantize(weight, scheme)
     assert matmul(x, q).tolist() == plain(x, q)
 
