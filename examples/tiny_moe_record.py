@@ -19,6 +19,8 @@ from tiny_moe_text import KINDS, LICENCE, Corpus, byte_kinds
 from torch import Tensor
 from transformers import Qwen2MoeForCausalLM
 
+from mxmoe.report import draw_loss_curve, save_figure
+
 if TYPE_CHECKING:
     from train_tiny_moe import Trainer
 
@@ -96,24 +98,6 @@ def save_model(model: Qwen2MoeForCausalLM, out: Path) -> None:
             os.replace(Path(folder) / name, out / name)
 
 
-def draw_curve(curve: list[tuple[int, float, float]], path: Path) -> None:
-    """Draw the training and the held-out loss against the step."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    steps, train, held_out = zip(*curve, strict=True)
-    axes.plot(steps, train, color="#9ab6d8", label="training")
-    axes.plot(steps, held_out, color="#1f4e8c", label="held out")
-    axes.set(xlabel="step", ylabel="loss, nats per byte", title="Tiny MoE on the Python standard library")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150, format="png")
-    plt.close(figure)
-
-
 def finish(trainer: Trainer, corpus: Corpus, out: Path) -> dict[str, Any]:
     """Evaluate the final weights as they ship, write every file but the checkpoint, and return the record."""
     options, progress, model = trainer.options, trainer.progress, trainer.model
@@ -156,7 +140,8 @@ def finish(trainer: Trainer, corpus: Corpus, out: Path) -> dict[str, Any]:
         "curve": progress.curve,
     }
     write_atomically(out / "training.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
-    write_atomically(out / "loss_curve.png", lambda path: draw_curve(progress.curve, path))
+    figure = draw_loss_curve(progress.curve, title="Tiny MoE on the Python standard library, per byte")
+    save_figure(figure, out / "loss_curve.png")
     trainer.checkpoint.unlink(missing_ok=True)
     return record
 

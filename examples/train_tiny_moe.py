@@ -41,7 +41,7 @@ DECAY_SHARE = 0.3
 
 
 def build_model(tiny: bool, balance: float) -> Qwen2MoeForCausalLM:
-    """Build the untrained model; `tiny` is a toy of the same form for tests, `balance` the weight of the balance loss."""
+    """Build the untrained model, or a toy of the same form for tests; `balance` weighs the balance loss."""
     hidden, layers, experts, intermediate = (32, 2, 4, 32) if tiny else (128, 4, 16, 128)
     config = Qwen2MoeConfig(
         vocab_size=256,
