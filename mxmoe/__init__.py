@@ -11,25 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mxmoe.calib import Stats, observe
-    from mxmoe.checkpoint import load
-    from mxmoe.compiler import CompiledMoE, compile, solve
+    from mxmoe.compiled import CompiledMoE, load, save
+    from mxmoe.compiler import compile, solve
     from mxmoe.frontend import lift
     from mxmoe.ir import Plan, Scheme, Table, parse_ir, print_ir
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "CompiledMoE": "mxmoe.compiler",
+    "CompiledMoE": "mxmoe.compiled",
     "Plan": "mxmoe.ir",
     "Scheme": "mxmoe.ir",
     "Stats": "mxmoe.calib",
     "Table": "mxmoe.ir",
     "compile": "mxmoe.compiler",
     "lift": "mxmoe.frontend",
-    "load": "mxmoe.checkpoint",
+    "load": "mxmoe.compiled",
     "observe": "mxmoe.calib",
     "parse_ir": "mxmoe.ir",
     "print_ir": "mxmoe.ir",
+    "save": "mxmoe.compiled",
     "solve": "mxmoe.compiler",
 }
 
@@ -45,6 +46,7 @@ __all__ = [
     "observe",
     "parse_ir",
     "print_ir",
+    "save",
     "solve",
 ]
 

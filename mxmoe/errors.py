@@ -512,3 +512,69 @@ class EmptyPicture(MxmoeError):
     """A picture of nothing, or of parts that do not belong together."""
 
     message = "cannot draw {what}: {reason}"
+
+
+class SchemeCannotRun(MxmoeError):
+    """A plan that chooses a scheme which the planned device cannot run."""
+
+    message = "{scheme} cannot run on {device}: no tile of it is known there; choose another scheme or device"
+
+
+class NonFiniteObservation(MxmoeError):
+    """Activations within the model that are NaN or infinite although the data is finite."""
+
+    message = (
+        "expert {expert} of {block}.{bank} gives NaN or infinity on the calibration data; run the model in a wider"
+        " element type, or look for broken weights"
+    )
+
+
+# Compiling, saving and loading
+
+
+class BadArgument(MxmoeError):
+    """An argument of `compile` or `solve` that cannot be."""
+
+    message = "{name}={value!r}: {reason}"
+
+
+class CompiledAlready(MxmoeError):
+    """A module whose experts are compiled already."""
+
+    message = "{cls} holds compiled experts already; compile the original module, its dense weights are needed"
+
+
+class NotCompiled(MxmoeError):
+    """A module that did not come from `compile`."""
+
+    message = "{cls} is not compiled; pass what mxmoe.compile or mxmoe.load returned"
+
+
+class NoSuchStage(MxmoeError):
+    """A stage that the module did not pass through."""
+
+    message = "there is no text of a stage {stage!r}; {near}"
+
+
+class FolderInUse(MxmoeError):
+    """A folder that holds something else."""
+
+    message = "{folder} holds files that are no checkpoint; choose an empty or new folder"
+
+
+class NoCheckpoint(MxmoeError):
+    """A folder without a checkpoint."""
+
+    message = "{folder} holds no checkpoint (no manifest.json); pass a folder that CompiledMoE.save wrote"
+
+
+class BrokenCheckpoint(MxmoeError):
+    """A checkpoint that was changed, cut short or lost a part."""
+
+    message = "{what} is broken: {reason}; copy or save the checkpoint again"
+
+
+class NeedsBlock(MxmoeError):
+    """A checkpoint whose module cannot be built from what was saved."""
+
+    message = "{cls} cannot be built from the checkpoint ({reason}); pass mxmoe.load(folder, block=...)"

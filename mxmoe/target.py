@@ -97,6 +97,14 @@ class Executable(Protocol):
         """
         ...
 
+    def packed(self, name: str, expert: int) -> Any:  # noqa: ANN401  # quant.Packed; a target knows no torch
+        """Give one expert's weight back, packed, for a checkpoint: a `mxmoe.quant.Packed`."""
+        ...
+
+    def bias(self, name: str) -> Tensor:
+        """Give a bias [experts, n] back, for a checkpoint."""
+        ...
+
     @property
     def nbytes(self) -> int:
         """Bytes of weights, scales, zero points and biases held."""

@@ -30,7 +30,7 @@ from mxmoe.ir import (
     banks,
     moe_ops,
 )
-from mxmoe.quant import Quantized, matmul
+from mxmoe.quant import Packed, Quantized, matmul, pack
 from mxmoe.quant.acts import apply_act
 from mxmoe.target import WeightSource
 
@@ -40,6 +40,9 @@ class EagerBackend:
     """Runs the IR at every stage, in every scheme, on the device of the weights."""
 
     name = "eager"
+
+    def ready(self) -> None:
+        """See `mxmoe.target.Backend`: runs wherever torch does."""
 
     def supports(self, scheme: Scheme) -> bool:
         """Say whether a linear can run in this scheme: all can."""
@@ -65,6 +68,14 @@ class EagerExecutable:
     """Weight name -> one per expert; empty before allocation."""
     weights: WeightSource
     """Where dense weights and biases are."""
+
+    def packed(self, name: str, expert: int) -> Packed:
+        """See `mxmoe.target.Executable`."""
+        return pack(self.quantized[name][expert])
+
+    def bias(self, name: str) -> Tensor:
+        """See `mxmoe.target.Executable`."""
+        return self.weights[name]
 
     @property
     def nbytes(self) -> int:

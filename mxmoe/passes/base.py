@@ -11,7 +11,7 @@ from xdsl.passes import ModulePass
 from mxmoe.calib import Stats
 from mxmoe.errors import MissingInput
 from mxmoe.ir import ModuleOp, Plan
-from mxmoe.target import Target, find_target
+from mxmoe.target import TARGETS, Target
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Environment:
 
     stats: Stats | None = None
     """Routing and sensitivity, as observed."""
-    target: Target = find_target("numba")
+    target: Target = TARGETS["numba"]
     """Where the plan is to run; its device is the one that costs are taken for."""
     plan: Plan | None = None
     """A plan to apply in place of solving."""

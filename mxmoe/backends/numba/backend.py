@@ -40,6 +40,9 @@ class NumbaBackend:
 
     name = "numba"
 
+    def ready(self) -> None:
+        """See `mxmoe.target.Backend`: runs wherever numba does."""
+
     def supports(self, scheme: Scheme) -> bool:
         """Say whether a linear can run in this scheme: all can."""
         del scheme
@@ -100,7 +103,7 @@ def _compile_gemm(gemm: GroupGemmOp, moe: MoeOp, weights: WeightSource) -> Group
     arena = builder.build()
     chunks = [min(max(tile.k // 8, 1) * 8, _LONGEST_CHUNK) for tile in tiles]
     arena.matrices[:, kernels.CHUNK] = chunks * len(gemm.weights)
-    return GroupGemm(arena, gemm.n, tiles)
+    return GroupGemm(arena, gemm.n, tiles, gemm.weights, gemm.biases)
 
 
 def _tiles(gemm: GroupGemmOp) -> tuple[Tile, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from mxmoe.backends.numba import kernels
-from mxmoe.backends.numba.layout import Arena
+from mxmoe.backends.numba.layout import Arena, read_back
 from mxmoe.backends.numba.tiles import tile_list
 from mxmoe.backends.routing import Routing, check_call, sort_assignments
 from mxmoe.errors import NoSuchBank, WrongDevice
 from mxmoe.ir import Scheme, Tile
-from mxmoe.quant import fake_quantize_activation, quantize_activation
+from mxmoe.quant import Packed, fake_quantize_activation, quantize_activation
 from mxmoe.quant.acts import apply_act
 
 MAX_ROWS = 16384
@@ -40,11 +40,24 @@ class GroupGemm:
     """Output channels of one weight."""
     tiles: tuple[Tile, ...]
     """[expert]."""
+    weights: tuple[str, ...]
+    """Names of the weights that share the rows."""
+    biases: tuple[str, ...]
+    """Names of their biases, or empty."""
 
     @property
     def n_weights(self) -> int:
         """Weights that share the rows: 2 for a fused gate_up."""
-        return len(self.arena.matrices) // len(self.tiles)
+        return len(self.weights)
+
+    def packed(self, name: str, expert: int) -> Packed:
+        """Give one matrix back as it was packed."""
+        return read_back(self.arena, self.weights.index(name) * len(self.tiles) + expert)
+
+    def bias(self, name: str) -> Tensor:
+        """Give a bias back, float32 [experts, n]."""
+        stacked = torch.from_numpy(self.arena.bias).reshape(len(self.weights), len(self.tiles), self.n)
+        return stacked[self.biases.index(name)]
 
     def __call__(self, x: Tensor, source: Tensor, routing: Routing) -> Tensor:
         """
@@ -120,6 +133,18 @@ class NumbaExecutable:
     hidden: int
     banks: Mapping[str, Bank]
 
+    def packed(self, name: str, expert: int) -> Packed:
+        """See `mxmoe.target.Executable`."""
+        return next(gemm for gemm in self._gemms() if name in gemm.weights).packed(name, expert)
+
+    def bias(self, name: str) -> Tensor:
+        """See `mxmoe.target.Executable`."""
+        return next(gemm for gemm in self._gemms() if name in gemm.biases).bias(name)
+
+    def _gemms(self) -> Iterator[GroupGemm]:
+        for bank in self.banks.values():
+            yield from (*bank.entries, bank.down)
+
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales, zero points and biases held; there is no other copy of the weights."""
@@ -160,7 +185,7 @@ class NumbaExecutable:
 
 
 @contextmanager
-def _launching(multiply_adds: int) -> Iterator[None]:
+def _launching(multiply_adds: int) -> Generator[None]:
     """
     Hold numba's threads: as many as the work needs, one tile at a time each, so that the longest tiles start first.
 

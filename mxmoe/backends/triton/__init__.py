@@ -45,13 +45,18 @@ class TritonBackend:
         """Say whether the machine has matrix units for this scheme; weights are decoded to the activations' type."""
         return scheme.act_format != "int" or scheme.act_bits > 4 or HAS_INT4[self.capability]
 
-    def compile(self, module: ModuleOp, weights: WeightSource) -> Mapping[str, Executable]:
+    def ready(self) -> None:
         """
         Refuse: there are no kernels in this build.
 
         Raises:
             NoKernels: always; the message names the targets that run.
         """
-        del module, weights
         runnable = ", ".join(sorted(name for name, target in TARGETS.items() if target.backend != self.name))
         raise NoKernels(backend=self.name, runnable=runnable)
+
+    def compile(self, module: ModuleOp, weights: WeightSource) -> Mapping[str, Executable]:
+        """Refuse, as `ready` does."""
+        del module, weights
+        self.ready()
+        return {}

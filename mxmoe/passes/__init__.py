@@ -1,0 +1,39 @@
+"""Passes over the IR, one a file; the tables PASSES and PIPELINES are the compiler as a list."""
+
+from mxmoe.passes.allocate_bits import AllocateBits
+from mxmoe.passes.annotate_cost import AnnotateCost, find_cost_model
+from mxmoe.passes.annotate_routing import AnnotateRouting
+from mxmoe.passes.annotate_sensitivity import AnnotateSensitivity
+from mxmoe.passes.apply_plan import ApplyPlan
+from mxmoe.passes.base import Environment, Pass
+from mxmoe.passes.choose_tiles import ChooseTiles
+from mxmoe.passes.lower_to_group_gemm import LowerToGroupGemm
+from mxmoe.passes.observers import Dump, KeepStages, PrintAfterAll, TimePasses
+from mxmoe.passes.pipeline import PASSES, PIPELINES, Observer, parse_passes, run_passes, spell_passes, with_options
+from mxmoe.passes.problem import plan_from, problem_of
+
+__all__ = [
+    "PASSES",
+    "PIPELINES",
+    "AllocateBits",
+    "AnnotateCost",
+    "AnnotateRouting",
+    "AnnotateSensitivity",
+    "ApplyPlan",
+    "ChooseTiles",
+    "Dump",
+    "Environment",
+    "KeepStages",
+    "LowerToGroupGemm",
+    "Observer",
+    "Pass",
+    "PrintAfterAll",
+    "TimePasses",
+    "find_cost_model",
+    "parse_passes",
+    "plan_from",
+    "problem_of",
+    "run_passes",
+    "spell_passes",
+    "with_options",
+]
