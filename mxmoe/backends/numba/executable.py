@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numba
 import numpy as np
@@ -19,7 +20,7 @@ from mxmoe.backends.numba.tiles import tile_list
 from mxmoe.backends.routing import Routing, check_call, sort_assignments
 from mxmoe.errors import NoSuchBank, WrongDevice
 from mxmoe.ir import Scheme, Tile
-from mxmoe.quant import Packed, fake_quantize_activation, quantize_activation
+from mxmoe.quant import Packed, quantize_activation
 from mxmoe.quant.acts import apply_act
 
 MAX_ROWS = 16384
@@ -59,6 +60,11 @@ class GroupGemm:
         stacked = torch.from_numpy(self.arena.bias).reshape(len(self.weights), len(self.tiles), self.n)
         return stacked[self.biases.index(name)]
 
+    @cached_property
+    def _tile_sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns of each expert's tile, int64 [expert]."""
+        return np.array([tile.m for tile in self.tiles]), np.array([tile.n for tile in self.tiles])
+
     def __call__(self, x: Tensor, source: Tensor, routing: Routing) -> Tensor:
         """
         Multiply rows of `x` by their experts' weights.
@@ -73,8 +79,7 @@ class GroupGemm:
         """
         inputs = _quantize_rows(x, source, routing, self.arena.schemes)
         y = torch.empty((self.n_weights, len(source), self.n), dtype=torch.float32)
-        rows, columns = (np.array([getattr(tile, axis) for tile in self.tiles]) for axis in ("m", "n"))
-        items = tile_list(routing.counts.numpy(), rows, columns, self.n)
+        items = tile_list(routing.counts.numpy(), *self._tile_sizes, self.n)
         if self.n_weights > 1:
             again = [items + np.array([weight * len(self.tiles), 0, 0, 0, 0]) for weight in range(self.n_weights)]
             items = np.stack(again, axis=1).reshape(-1, 5)
@@ -220,14 +225,14 @@ def _quantize_rows(x: Tensor, source: Tensor, routing: Routing, schemes: Sequenc
         rows = x if whole else x[picked]
         position = picked if whole else torch.arange(len(picked))
         scheme = schemes[members[0]]
+        code, scale = quantize_activation(rows, scheme)
         if scheme.act_format == "int":
             where[mine] = position + sum(map(len, codes))
-            code, scale = quantize_activation(rows, scheme)
             codes.append(code)
             scales.append(scale)
-        else:
+        else:  # one scale per token, and 1 for 16 bits
             where[mine] = position + sum(map(len, floats))
-            floats.append(fake_quantize_activation(rows, scheme))
+            floats.append(code.to(torch.float32).mul_(scale))
     return (
         _rows_of(floats, -(-x.shape[1] // 8) * 8, torch.float32),
         _rows_of(codes, x.shape[1], torch.int8),
