@@ -79,13 +79,9 @@ def test_exactly_the_plain_formula(scheme: Scheme, m: int, n: int, k: int, seed:
 @pytest.mark.parametrize("scheme", INT + E4M3, ids=str)
 @pytest.mark.parametrize("k", [519, 1001])
 def test_exact_where_float32_would_not_be(scheme: Scheme, k: int) -> None:
-    # the largest codes nearly everywhere: sums pass 2^24, where the definition changes its arithmetic
-    x = torch.ones(2, k)
-    x[0, -1] = -0.37
-    x[1] = seeded(k)
-    weight = torch.ones(2, k)
-    weight[0, 0] = 0.37
-    weight[1] = seeded(k, seed=1)
+    # codes near the largest ones, so that sums pass 2^24, and rows of widely spread magnitudes
+    x = torch.cat([1 - seeded(2, k).abs() / 30, seeded(2, k, seed=1) ** 5])
+    weight = torch.cat([1 - seeded(4, k, seed=2).abs() / 30, seeded(2, k, seed=3) ** 5])
     q = quantize(weight, scheme)
     assert matmul(x, q).tolist() == plain(x, q)
 
