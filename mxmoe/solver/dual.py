@@ -10,6 +10,7 @@ from mxmoe.solver.problem import Floats, Ints
 
 _STEPS = 120
 _ENOUGH = 1e-11
+_FAR = 1e-10
 
 
 def price(value: Floats, resources: Floats, multipliers: Floats) -> Floats:
@@ -68,7 +69,10 @@ def _centre_cuts(evaluate: Callable[[Floats], tuple[float, Floats, Floats]], sca
     region = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     best, winner = -np.inf, np.zeros(2)
     for _ in range(_STEPS):
-        bound, slope, multipliers = evaluate(_centroid(region))
+        point = _centroid(region)
+        if 1 - point.sum() < _FAR:  # no plan meets both limits, or hardly one: the bound grows without end
+            break
+        bound, slope, multipliers = evaluate(point)
         if bound > best:
             best, winner = bound, multipliers
         # The concave dual lies below its tangent: only where that reaches the best bound can the maximum be.

@@ -81,6 +81,8 @@ def minimise_product(instance: Instance, minimise: Minimise) -> Answer | None:
     while True:
         values = [front.value(point) for point in front.points]
         best = int(np.argmin(values))
+        if values[best] == 0:
+            return Answer(front.plans[best], 0.0)
         corners, lines = front.corners()
         heights = [front.value(Point(max(loss, 0.0), max(time, 0.0), 0.0)) for loss, time in corners.tolist()]
         bound = min(heights, default=0.0)
