@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mxmoe.quant.quantized import CODE_DTYPES, Packed, Quantized, n_payload_bytes
+from mxmoe.quant.quantized import CODE_DTYPES, Packed, Quantized
 
 # after 8 codes of b bits the stream is back at a byte border, b bytes further: packing repeats with this period
 PERIOD = 8
@@ -75,15 +75,3 @@ def decode_code(low: Any, high: Any, shift: Any, bits: Any) -> Any:  # noqa: ANN
     low=0b11_010_001, high=0b0, shift=6, bits=3 -> 0b011.
     """
     return ((low | (high << 8)) >> shift) & ((1 << bits) - 1)
-
-
-__all__ = [
-    "code_position",
-    "decode_code",
-    "encode_word",
-    "n_payload_bytes",
-    "pack",
-    "pack_codes",
-    "unpack",
-    "unpack_codes",
-]
