@@ -70,6 +70,18 @@ def test_the_high_byte_is_not_needed_by_codes_that_end_in_the_low_one(bits: int)
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("shift", range(8))
+def test_a_code_masked_where_it_stands_is_the_code_times_a_power_of_two(bits: int, shift: int) -> None:
+    """Kernels that work in floats skip the shift and scale by 2^-shift: exact, as the product is below 2^15."""
+    low, high = z3.BitVecs("low high", 32)
+    small = z3.And(z3.ULT(low, 256), z3.ULT(high, 256))
+    word = low | (high << 8) if shift + bits > 8 else low
+    masked = word & (((1 << bits) - 1) << shift)
+    code = decode_code(low, high, shift, bits)
+    prove(z3.Implies(small, z3.And(masked == code << shift, z3.ULT(masked, 2**15))))
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
 def test_decoding_undoes_encoding(bits: int) -> None:
     codes = [z3.BitVec(f"code{i}", 64) for i in range(PERIOD)]
     small = z3.And(*(z3.ULT(code, 2**bits) for code in codes))
