@@ -74,7 +74,7 @@ REFUSED: Mapping[str, str] = {
     "DbrxExperts": "its experts are stacked along the rows of 2-D parameters that a nested module owns",
     "JetMoeParallelExperts": "up and down are separate modules that take rows sorted by expert and counts per expert",
     "Llama4TextExperts": "every expert takes every token, scaled by its routing weight beforehand; there is no index",
-    "LongcatFlashExperts": "an index beyond its experts is an expert that returns the token as it is; here it is padding",
+    "LongcatFlashExperts": "an index beyond its experts is an expert that returns the token itself; here it is padding",
     "VitPoseNaiveMoe": "an expert is one linear on the hidden layer of a shared MLP, not an MLP of its own",
 }
 """Class name -> why it cannot be lifted."""

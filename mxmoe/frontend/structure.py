@@ -12,7 +12,7 @@ from torch import nn
 from mxmoe.errors import RefusedFamily
 from mxmoe.frontend.families import refusal_of
 
-_EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
+_EXPERTS = re.compile(r"expert", re.IGNORECASE)
 _SHARED = re.compile(r"shared|share_expert", re.IGNORECASE)
 
 LOOKED_FOR = ("gate_up_proj", "up_proj", "down_proj")
@@ -73,14 +73,18 @@ def is_stack(module: nn.Module) -> bool:
 
 
 def entries_of(module: nn.Module) -> Sequence[nn.Module]:
-    """Give the modules of a list or dictionary of modules, in order; empty for anything else."""
-    return tuple(module.children()) if isinstance(module, nn.ModuleList | nn.ModuleDict) else ()
+    """Give the modules with weights in a list or dictionary of modules, in order; empty for anything else."""
+    held = module.children() if isinstance(module, nn.ModuleList | nn.ModuleDict) else ()
+    return tuple(entry for entry in held if any(True for _ in entry.parameters()))
+
+
+def _is_called_experts(path: str, module: nn.Module) -> bool:
+    return bool(_EXPERTS.search(path.rpartition(".")[2]) or _EXPERTS.search(type(module).__name__))
 
 
 def _is_list(path: str, module: nn.Module) -> bool:
     entries = entries_of(module)
-    named = not path or _EXPERTS.search(path.rpartition(".")[2]) or _EXPERTS.search(type(module).__name__)
-    return bool(entries and named) and all(naming_of(entry) for entry in entries)
+    return bool(entries) and (not path or _is_called_experts(path, module)) and all(map(naming_of, entries))
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,11 @@ def survey(root: nn.Module) -> Survey:
             sites.append(Site(path, module, "mlp", is_shared))
         elif _is_suspect(path, module):
             suspects.append((path, module))
-    holders = tuple(site.path for site in sites)
-    return Survey(tuple(sites), tuple(s for s in suspects if not any(_within(path, s[0]) for path in holders)))
+    banks = [site.path for site in sites if site.form != "mlp"]
+    lookalikes = tuple(s for s in suspects if not any(_within(path, s[0]) for path in banks))
+    # an MLP in a list of experts that is not understood is no dense MLP
+    apart = tuple(s for s in sites if not any(_within(s.path, path) for path, _ in lookalikes))
+    return Survey(apart, lookalikes)
 
 
 def _within(path: str, prefix: str) -> bool:
@@ -148,7 +155,5 @@ def _outside(root: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[str, nn.M
 
 
 def _is_suspect(path: str, module: nn.Module) -> bool:
-    if not (_EXPERTS.search(path.rpartition(".")[2]) or _EXPERTS.search(type(module).__name__)):
-        return False
     has_stack = any(p.dim() >= 3 for p in module.parameters(recurse=False))
-    return has_stack or any(True for entry in entries_of(module) for _ in entry.parameters())
+    return _is_called_experts(path, module) and (has_stack or bool(entries_of(module)))
