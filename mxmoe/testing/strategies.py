@@ -11,15 +11,24 @@ import torch
 from torch import Tensor
 
 from mxmoe.errors import HypothesisMissing
-from mxmoe.ir import BankShape, BlockShape, ModuleOp, Scheme, Stage, Table, banks, moe_ops
+from mxmoe.ir import BankShape, BlockShape, ModuleOp, Scheme, Stage, Table, banks, moe_ops, print_ir
 from mxmoe.quant import Weights
 from mxmoe.quant.acts import ACT_PARAMS, ACTS
 from mxmoe.testing.blocks import Routed, at_stage, random_weights
 
 try:
     from hypothesis import strategies as st
+    from hypothesis.vendor.pretty import RepresentationPrinter, for_type_by_name
 except ImportError as error:
     raise HypothesisMissing from error
+
+def _pretty_module(module: ModuleOp, printer: RepresentationPrinter, cycle: bool) -> None:
+    del cycle
+    printer.text(print_ir(module))
+
+
+# a failing example prints as text with elided tables; the repr of an op is its whole object graph, megabytes of it
+for_type_by_name(ModuleOp.__module__, ModuleOp.__name__, _pretty_module)
 
 _GROUPS = ("", "_g32", "_g64", "_g128")
 SCHEMES: tuple[Scheme, ...] = tuple(
@@ -167,8 +176,12 @@ class Case:
     """Bank -> what its router says."""
 
     def __repr__(self) -> str:
-        chosen = [str(scheme) for scheme in moe_ops(self.module)[0].candidates]
-        return f"Case({self.shape}, {chosen}, {dict(self.routings)})"
+        chosen = ", ".join(map(str, moe_ops(self.module)[0].candidates))
+        return f"Case({self.shape}, [{chosen}], {dict(self.routings)})"
+
+    def _repr_pretty_(self, printer: RepresentationPrinter, cycle: bool) -> None:
+        del cycle
+        printer.text(repr(self))
 
 
 @st.composite

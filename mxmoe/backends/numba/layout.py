@@ -68,8 +68,10 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales, zero points and biases, as packed; without padding for alignment."""
-        return self.payload.nbytes + self.meta.nbytes + self.bias.nbytes
+        """Bytes of codes, scales, zero points and biases; alignment, a few bytes a matrix, is not counted."""
+        n, k = (int(size) for size in self.matrices[0, [kernels.N, kernels.K]])
+        one_weight = sum(n * _row_bytes(s, k) + 2 * n * _row_words(s, k) for s in self.schemes)
+        return one_weight * (len(self.matrices) // len(self.schemes)) + self.bias.nbytes
 
 
 class ArenaBuilder:
@@ -95,7 +97,7 @@ class ArenaBuilder:
             meta += meta % 2
             self._matrices[index] = _describe(scheme, n, k, payload, meta, -1 if bias is None else index * n)
             payload += n * _row_bytes(scheme, k)
-            meta += n * scheme.n_groups(k) * (scheme.scale_bits + scheme.zero_bits) // 16
+            meta += n * _row_words(scheme, k)
         # 8 spare bytes: an integer row is read two bytes at a time, its last code too
         self._payload = np.zeros(payload + payload % 2 + 8, np.uint8)
         self._meta = np.zeros(meta + meta % 2, np.uint16)
@@ -156,6 +158,11 @@ def _describe(scheme: Scheme, n: int, k: int, payload: int, meta: int, bias: int
 
 def _row_bytes(scheme: Scheme, k: int) -> int:
     return -(-k * scheme.weight_bits // 8)
+
+
+def _row_words(scheme: Scheme, k: int) -> int:
+    """16-bit words of scales and zero points of one row."""
+    return scheme.n_groups(k) * (scheme.scale_bits + scheme.zero_bits) // 16
 
 
 def _order(payload: np.ndarray, scheme: Scheme) -> np.ndarray:
