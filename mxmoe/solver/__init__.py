@@ -6,9 +6,10 @@ a granularity, SOLVERS is the table of solvers.
 """
 
 from mxmoe.solver.base import LinearSolver, Solver
+from mxmoe.solver.frontier import frontier
 from mxmoe.solver.instance import Answer, Instance, Tables, Weights
 from mxmoe.solver.problem import SLACK, Budget, Objective, Problem, Solution
-from mxmoe.solver.solve import SOLVERS, BudgetLike, frontier, make_solver, solve
+from mxmoe.solver.solve import SOLVERS, BudgetLike, make_solver, solve
 from mxmoe.solver.tie import GRANULARITIES, tie
 
 __all__ = [

@@ -60,7 +60,7 @@ class Lagrangian(LinearSolver):
             # Often one of two limits implies the other.
             choice, multiplier = self._cut(instance, value, name)
             if instance.is_feasible(choice):
-                return self._finish(instance, value, [name], np.array([multiplier]), choice)
+                return self._finish(instance, value, names, np.where(np.array(names) == name, multiplier, 0.0), choice)
         return self._two_limits(instance, value)
 
     def _fastest(self, instance: Instance, weights: Weights) -> Answer | None:

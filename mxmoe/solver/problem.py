@@ -126,7 +126,7 @@ class Budget:
     `Budget(weight_bits=4.25, latency_us=900.0)` asks for both. `Budget.of(4.25)` is `Budget(weight_bits=4.25)`.
 
     Raises:
-        BadBudget: a limit that is not a positive number.
+        BadBudget: a limit that is not a number, or negative.
     """
 
     weight_bits: float | None = None
@@ -142,8 +142,8 @@ class Budget:
                 number = float(value)
             except (TypeError, ValueError):
                 raise BadBudget(reason=f"{name}={value!r} is not a number") from None
-            if not number > 0:
-                raise BadBudget(reason=f"{name}={value!r} is not positive")
+            if not number >= 0:
+                raise BadBudget(reason=f"{name}={value!r} is no upper limit of anything")
             object.__setattr__(self, name, number)
 
     @classmethod

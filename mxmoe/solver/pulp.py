@@ -114,8 +114,8 @@ def _program(instance: Instance, value: Floats, shrink: float) -> tuple[pulp.LpP
     for row in cells:
         program += pulp.lpSum(row.values()) == 1
     for name, cap in instance.caps.items():
-        share = instance.tables.resource(name) / cap * _SCALE
-        program += _sum(share, cells) <= _SCALE * (1 - shrink)
+        unit = max(cap, float(instance.tables.resource(name).max()) * 1e-6, 1e-300) / _SCALE
+        program += _sum(instance.tables.resource(name) / unit, cells) <= cap / unit * (1 - shrink)
     return program, cells
 
 

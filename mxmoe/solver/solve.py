@@ -1,16 +1,15 @@
-"""The door: `solve`, `frontier`, and the table of solvers."""
+"""The door: `solve`, and the table of solvers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from mxmoe.errors import (
-    BadBudget,
     BadSolverOption,
     InfeasibleBudget,
     InfeasibleTogether,
@@ -63,7 +62,7 @@ def solve(
     Raises:
         UnknownName: no such solver.
         BadSolverOption: an option the solver does not have.
-        BadBudget: a limit that is no positive number, or a name of none.
+        BadBudget: a limit that is not a number or negative, or a name of none.
         BadObjective: neither a name nor a number from 0 to 1.
         MissingCost: time is limited or minimised and the problem has no costs.
         NoPossibleScheme: a row, or tied rows, with no possible cell.
@@ -72,41 +71,10 @@ def solve(
         InstanceTooLarge: more than the solver declares.
     """
     began = time.perf_counter()
-    solution = _solve(Tables.of(problem), Budget.of(budget), Objective.of(objective), make_solver(solver, **options))
+    solution = solve_tables(
+        Tables.of(problem), Budget.of(budget), Objective.of(objective), make_solver(solver, **options)
+    )
     return replace(solution, seconds=time.perf_counter() - began)
-
-
-def frontier(
-    problem: Problem,
-    budgets: int | Sequence[BudgetLike] = 40,
-    *,
-    axis: Literal["weight_bits", "bytes", "latency_us"] = "weight_bits",
-    objective: Objective | str | float = "loss",
-    solver: str = "lagrangian",
-    **options: Any,  # noqa: ANN401  # each solver declares its own
-) -> list[Solution]:
-    """
-    Solve for many budgets at once, which shares most of the work: what a bit more is worth.
-
-    Args:
-        problem: the table to choose from.
-        budgets: the budgets, or how many limits of `axis` to spread evenly from the smallest feasible one to the
-            largest that still changes the answer (at least 2).
-        axis: which limit to spread.
-        objective: as in `solve`.
-        solver: as in `solve`.
-        options: as in `solve`.
-
-    Returns:
-        One solution per budget, in the order given.
-
-    Raises:
-        BadBudget: fewer than two points, or an axis that is no limit; else as `solve`.
-    """
-    tables, goal, chosen = Tables.of(problem), Objective.of(objective), make_solver(solver, **options)
-    if isinstance(budgets, int):
-        budgets = _spread(tables, budgets, axis, goal, chosen)
-    return [_solve(tables, Budget.of(budget), goal, chosen) for budget in budgets]
 
 
 def make_solver(name: str, **options: Any) -> Solver:  # noqa: ANN401  # each solver declares its own
@@ -125,7 +93,8 @@ def make_solver(name: str, **options: Any) -> Solver:  # noqa: ANN401  # each so
     return kind(**options)
 
 
-def _solve(tables: Tables, budget: Budget, objective: Objective, solver: Solver) -> Solution:
+def solve_tables(tables: Tables, budget: Budget, objective: Objective, solver: Solver) -> Solution:
+    """Solve for one budget with the sums and the solver at hand; see `solve`."""
     began = time.perf_counter()
     instance = Instance.of(tables, budget, objective)
     _refuse_large(instance, solver)
@@ -133,6 +102,8 @@ def _solve(tables: Tables, budget: Budget, objective: Objective, solver: Solver)
     answer = solver.solve(instance)
     if answer is None:
         raise _explain(instance, budget, solver)
+    if not instance.is_feasible(answer.choice):
+        raise SolverFailed(solver=solver.name, status="outside the limits", way_out="use solver='lagrangian'")
     uniform = best_uniform(instance)
     if uniform is not None and instance.value(uniform) < instance.value(answer.choice):
         answer = Answer(uniform, answer.bound)
@@ -169,19 +140,20 @@ def _refuse_large(instance: Instance, solver: Solver) -> None:
         raise InstanceTooLarge(solver=solver.name, limit=solver.max_plans, what="plans", size=size)
 
 
-def _smallest(tables: Tables, name: str) -> float:
+def smallest_use(tables: Tables, name: str) -> float:
+    """Add up the least that every group can use of a resource."""
     return float(np.where(tables.possible, tables.resource(name), np.inf).min(axis=1).sum())
 
 
-def _units(tables: Tables) -> dict[str, tuple[str, float]]:
+def units_of(tables: Tables) -> dict[str, tuple[str, float]]:
     """Say of each limit which resource it limits, and how much of it one unit is."""
     return {"weight_bits": ("storage", tables.weights), "bytes": ("storage", 8.0), "latency_us": ("latency", 1.0)}
 
 
 def _refuse_single(instance: Instance, budget: Budget) -> None:
     for limit, value in budget.limits().items():
-        resource, unit = _units(instance.tables)[limit]
-        smallest = _smallest(instance.tables, resource)
+        resource, unit = units_of(instance.tables)[limit]
+        smallest = smallest_use(instance.tables, resource)
         if resource in instance.caps and smallest > instance.caps[resource] and smallest > value * unit * (1 + 1e-12):
             raise InfeasibleBudget(limit=limit, value=value, smallest=smallest / unit)
 
@@ -191,7 +163,7 @@ def _explain(instance: Instance, budget: Budget, solver: Solver) -> InfeasibleTo
     if len(instance.caps) < 2:
         return SolverFailed(solver=solver.name, status="no plan", way_out="use solver='lagrangian'")
     limits, tables = budget.limits(), instance.tables
-    units = {name: unit for name, (_, unit) in _units(tables).items()}
+    units = {name: unit for name, (_, unit) in units_of(tables).items()}
     first = min((name for name in limits if name != "latency_us"), key=lambda name: limits[name] * units[name])
     fastest = Lagrangian().solve(replace(instance.without("latency"), r=0.0))
     swapped = replace(tables, loss=np.where(tables.possible, tables.storage, 0.0))
@@ -206,16 +178,3 @@ def _explain(instance: Instance, budget: Budget, solver: Solver) -> InfeasibleTo
         second_value=limits["latency_us"],
         second_smallest=instance.measure(fastest.choice).latency_us,
     )
-
-
-def _spread(tables: Tables, points: int, axis: str, objective: Objective, solver: Solver) -> list[Budget]:
-    if axis not in _units(tables):
-        raise BadBudget(reason=f"there is no limit {axis!r}; {near_names(axis, _units(tables))}")
-    if points < 2:
-        raise BadBudget(reason=f"a frontier of {points} points has no two ends")
-    resource, unit = _units(tables)[axis]
-    Instance.of(tables, Budget(**{axis: 1.0}), objective)  # raises MissingCost before anything long
-    best = _solve(tables, Budget(), objective, solver)
-    ends = {"weight_bits": best.weight_bits, "bytes": best.bytes, "latency_us": best.latency_us or 0.0}
-    low = _smallest(tables, resource) / unit
-    return [Budget(**{axis: float(cap)}) for cap in np.linspace(low, max(ends[axis], low), points)]

@@ -44,13 +44,14 @@ def _budgets(draw: Draw, problem: Problem) -> Budget:
     """Limits at, above and sometimes below what some plan of the problem needs."""
     numel = np.ones(problem.n_rows) if problem.numel is None else problem.numel
     picked = draw(st.lists(st.integers(0, problem.n_schemes - 1), min_size=problem.n_rows, max_size=problem.n_rows))
+    both = draw(st.booleans())
     chosen, rows = np.array(picked), np.arange(problem.n_rows)
     storage, limits = float((problem.bits[rows, chosen] * numel).sum()), {}
-    if draw(st.booleans()):
+    if both or draw(st.booleans()):
         limits["weight_bits"] = storage / float(numel.sum()) * draw(st.sampled_from([1.0, 0.7, 1.2]))
     if draw(st.integers(0, 3)) == 0:
         limits["bytes"] = storage / 8 * draw(st.sampled_from([1.0, 0.9, 1.1]))
-    if problem.cost is not None and draw(st.booleans()):
+    if problem.cost is not None and (both or draw(st.booleans())):
         used = problem.cost[rows, chosen]
         limits["latency_us"] = max(float(used[np.isfinite(used)].sum()) * draw(st.sampled_from([1.0, 0.6, 1.1])), 0.25)
     return Budget(**limits)
