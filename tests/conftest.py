@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+
+# two pytest workers on two cores: a second torch thread in each waits at every barrier for a core that is busy
+torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
 

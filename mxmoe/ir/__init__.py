@@ -4,6 +4,7 @@ from xdsl.dialects.builtin import ModuleOp
 
 from mxmoe.ir.attrs import RoutingType, SchemeAttr, TableAttr, TileAttr
 from mxmoe.ir.build import Bank, BankShape, BlockShape, banks, build_module, linears, moe_ops
+from mxmoe.ir.graph import critical_path, op_graph
 from mxmoe.ir.ops import (
     BANKS,
     MXMOE,
@@ -55,9 +56,11 @@ __all__ = [
     "banks",
     "build_module",
     "context",
+    "critical_path",
     "fingerprint",
     "linears",
     "moe_ops",
+    "op_graph",
     "parse_ir",
     "plan_of",
     "print_ir",
