@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from mxmoe import settings
 from mxmoe.calib import Stats, observe, observe_weights
 from mxmoe.compiled import Compilation, install, is_model, make_backend
 from mxmoe.cost import block_launches, predict_block_us
@@ -21,10 +22,10 @@ from mxmoe.passes import (
     KeepStages,
     Observer,
     TimePasses,
+    VerifyEach,
     find_cost_model,
     parse_passes,
     run_passes,
-    with_options,
 )
 from mxmoe.quant import QUANTIZERS
 from mxmoe.report.compiled import CompileReport, PlanSummary
@@ -90,7 +91,8 @@ def compile(
     backend = make_backend(goal)
     candidates = _candidates(schemes, plan, goal, backend)
     options = _options(candidates, weight_bits, latency_us, r, tokens)
-    steps = with_options(parse_passes("plan" if plan is not None and pipeline == "default" else pipeline), options)
+    steps = parse_passes("plan" if plan is not None and pipeline == "default" else pipeline, options)
+    watching = (*settings.observers(), *observers, VerifyEach())
     if quantizer not in QUANTIZERS:
         QUANTIZERS[quantizer]  # raises, with the near names
     _refuse_compiled(block)
@@ -98,7 +100,7 @@ def compile(
     stats = None if plan is not None else _statistics(lifted, inputs, candidates, quantizer, quiet)
     wanted = Plan.load(plan) if isinstance(plan, str) else plan
     kept, clock = KeepStages(), TimePasses()
-    run_passes(lifted.module, steps, Environment(stats, goal, wanted), (kept, clock, *observers))
+    run_passes(lifted.module, steps, Environment(stats, goal, wanted), (kept, clock, *watching))
     executables = backend.compile(lifted.module, lifted.weights.using(quantizer))
     report = _report(lifted, kept.texts["allocated"], stats, goal, executables, quantizer, clock.seconds)
     made = Compilation(goal, plan_of(parse_ir(kept.texts["allocated"])), kept.texts, executables, report)

@@ -373,6 +373,12 @@ class BrokenTinyModel(MxmoeError):
     message = "{path} is broken: {reason}; reinstall the package, or train anew with examples/train_tiny_moe.py"
 
 
+class BadDemoFolder(MxmoeError):
+    """The demo has nowhere to write."""
+
+    message = "cannot write to {folder}: {reason}; name another folder"
+
+
 # Backends
 
 
@@ -578,3 +584,48 @@ class NeedsBlock(MxmoeError):
     """A checkpoint whose module cannot be built from what was saved."""
 
     message = "{cls} cannot be built from the checkpoint ({reason}); pass mxmoe.load(folder, block=...)"
+
+
+# Passes and the command line
+
+
+class WrongStage(MxmoeError):
+    """A pass is given a block that has not come far enough for it, or too far."""
+
+    message = "{name} takes {wanted} blocks, {block} is {stage}; {way}"
+
+
+class StatsDoNotFit(MxmoeError):
+    """Statistics of another model."""
+
+    message = "the statistics do not fit the module: {reason}; observe this model"
+
+
+class NotAPass(MxmoeError):
+    """Something is registered as a pass that is none."""
+
+    message = "the pass {name!r} is registered and cannot be used: {reason} (see docs/write-a-pass.md)"
+
+
+class BadSetting(MxmoeError):
+    """An environment variable with a value that it cannot have."""
+
+    message = "{variable}={value!r}: {reason}"
+
+
+class BadUsage(MxmoeError):
+    """A command line that does not follow its grammar."""
+
+    message = "{reason}; see `{program} --help`"
+
+
+class NothingChosen(MxmoeError):
+    """A picture of choices is wanted of a module that has none."""
+
+    message = "{block} is {stage}, no scheme is chosen there yet; run allocate-bits or apply-plan first"
+
+
+class PassDisagrees(MxmoeError):
+    """A pass changed what a module computes, or what its text holds."""
+
+    message = "{name} {what}"

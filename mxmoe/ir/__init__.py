@@ -17,7 +17,7 @@ from mxmoe.ir.ops import (
     RouteOp,
     YieldOp,
 )
-from mxmoe.ir.plan import Allocation, Plan, Row, apply_plan, fingerprint, plan_of, rows_of
+from mxmoe.ir.plan import Allocation, Plan, Row, allocation_of, apply_plan, fingerprint, plan_of, rows_of
 from mxmoe.ir.scheme import Scheme
 from mxmoe.ir.stages import RULES, STAGES, Stage
 from mxmoe.ir.table import Table
@@ -52,6 +52,7 @@ __all__ = [
     "Tile",
     "TileAttr",
     "YieldOp",
+    "allocation_of",
     "apply_plan",
     "banks",
     "build_module",

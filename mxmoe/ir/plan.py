@@ -48,7 +48,7 @@ class Allocation:
     bound: float
     """Proved lower bound of the objective."""
     gap: float
-    """(value - bound) / bound."""
+    """(value - bound) / value: how much is at most left to gain."""
     loss: float
     """Sum of the sensitivities chosen."""
     time_us: float
@@ -167,8 +167,13 @@ def plan_of(module: ModuleOp) -> Plan:
                     raise PlanMismatch(reason=f"{where} has no choice yet; run allocate-bits first")
                 for expert, index in enumerate(op.choice.array.tolist()):
                     rows[Row(moe.block, bank.name, role, expert)] = moe.candidates[index]
+    return Plan(rows, allocation_of(module))
+
+
+def allocation_of(module: ModuleOp) -> Allocation | None:
+    """Say how the choices of an allocated or lowered module came about; None where they were written by hand."""
     stored = module.attributes.get(_ATTRIBUTE)
-    return Plan(rows, Allocation(**json.loads(stored.data)) if isinstance(stored, StringAttr) else None)
+    return Allocation(**json.loads(stored.data)) if isinstance(stored, StringAttr) else None
 
 
 def apply_plan(module: ModuleOp, plan: Plan) -> None:
@@ -195,5 +200,6 @@ def apply_plan(module: ModuleOp, plan: Plan) -> None:
                 choice = np.array([moe.candidates.index(scheme) for scheme in schemes], dtype=np.int8)
                 op.set_table("choice", Table(("expert",), choice))
         moe.stage = "allocated"
+    module.attributes.pop(_ATTRIBUTE, None)  # of a plan that was applied before
     if plan.allocation:
         module.attributes[_ATTRIBUTE] = StringAttr(json.dumps(asdict(plan.allocation), sort_keys=True))

@@ -8,8 +8,17 @@ from mxmoe.passes.apply_plan import ApplyPlan
 from mxmoe.passes.base import Environment, Pass
 from mxmoe.passes.choose_tiles import ChooseTiles
 from mxmoe.passes.lower_to_group_gemm import LowerToGroupGemm
-from mxmoe.passes.observers import Dump, KeepStages, PrintAfterAll, TimePasses
-from mxmoe.passes.pipeline import PASSES, PIPELINES, Observer, parse_passes, run_passes, spell_passes, with_options
+from mxmoe.passes.observers import (
+    Dump,
+    KeepStages,
+    Log,
+    LogTables,
+    PrintAfterAll,
+    TimePasses,
+    VerifyEach,
+    histogram,
+)
+from mxmoe.passes.pipeline import PASSES, PIPELINES, Observer, parse_passes, run_passes, spell_passes
 from mxmoe.passes.problem import plan_from, problem_of
 
 __all__ = [
@@ -24,16 +33,19 @@ __all__ = [
     "Dump",
     "Environment",
     "KeepStages",
+    "Log",
+    "LogTables",
     "LowerToGroupGemm",
     "Observer",
     "Pass",
     "PrintAfterAll",
     "TimePasses",
+    "VerifyEach",
     "find_cost_model",
+    "histogram",
     "parse_passes",
     "plan_from",
     "problem_of",
     "run_passes",
     "spell_passes",
-    "with_options",
 ]

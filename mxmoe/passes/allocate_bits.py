@@ -41,6 +41,7 @@ class AllocateBits(Pass):
 
     def solve(self, module: ModuleOp) -> Plan:
         """Solve for the annotated module without changing it."""
+        self.blocks(module, "annotated", "allocated", way="the annotate- passes make annotated blocks")
         problem = problem_of(module, granularity=self.granularity, tie_gate_up=self.tie_gate_up)
         budget = Budget(weight_bits=self.weight_bits, bytes=self.max_bytes, latency_us=self.latency_us)
         solution = solve(problem, budget, objective=Objective(self.r), solver=self.solver)

@@ -9,8 +9,8 @@ import numpy as np
 from mxmoe.cost import COST_MODELS, CostModel, linear_cost_us
 from mxmoe.device import device
 from mxmoe.errors import BadOption, NoProfile
-from mxmoe.ir import ModuleOp, Table, banks, moe_ops
-from mxmoe.passes.base import Environment, Pass
+from mxmoe.ir import ModuleOp, Table, banks
+from mxmoe.passes.base import EARLIER, Environment, Pass, advance
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,23 @@ class AnnotateCost(Pass):
     """Name of a cost model; auto takes `measured` where the device has a profile, `roofline` elsewhere."""
     device: str | None = None
     """Name of a device; None takes the target's."""
-    tokens: tuple[int, ...] | int = 512
+    tokens: tuple[int, ...] = (512,)
     """Tokens per call, one count or several."""
-    token_weights: tuple[float, ...] | float | None = None
+    token_weights: tuple[float, ...] | None = None
     """Weight of each count; None weighs them alike."""
 
     def run(self, module: ModuleOp, environment: Environment) -> None:
         """Annotate every linear; the blocks become annotated."""
         model = find_cost_model(self.model, self.device or environment.target.device)
         tokens = self.token_mix()
-        for moe in moe_ops(module):
+        for moe in self.blocks(module, "lifted", "annotated", "allocated", way=EARLIER):
             for bank in banks(moe).values():
                 known = bank.route.frequency
                 frequency = np.full(bank.experts, bank.top_k / bank.experts) if known is None else known.array
                 for op in bank.linears.values():
                     cost = linear_cost_us(model, moe.candidates, n=op.n, k=op.k, frequency=frequency, tokens=tokens)
                     op.set_table("cost", Table(("expert", "scheme"), cost))
-            moe.stage = "annotated"
+            advance(moe, "annotated")
 
     def token_mix(self) -> list[tuple[int, float]]:
         """
@@ -52,14 +52,12 @@ class AnnotateCost(Pass):
         Raises:
             BadOption: as many weights as counts are needed.
         """
-        counts = self.tokens if isinstance(self.tokens, tuple) else (self.tokens,)
-        weights = self.token_weights if isinstance(self.token_weights, tuple) else (self.token_weights,)
-        if self.token_weights is None:
-            weights = (1.0,) * len(counts)
+        counts = self.tokens
+        weights = (1.0,) * len(counts) if self.token_weights is None else self.token_weights
         if len(weights) != len(counts):
             reason = f"{len(counts)} token counts have {len(weights)} weights"
             raise BadOption(name=self.name, option="token-weights", reason=reason)
-        return [(count, float(weight or 0.0)) for count, weight in zip(counts, weights, strict=True)]
+        return list(zip(counts, weights, strict=True))
 
 
 def find_cost_model(name: str, device_name: str) -> CostModel:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mxmoe.ir import ModuleOp, Table, banks, moe_ops
-from mxmoe.passes.base import Environment, Pass
+from mxmoe.ir import ModuleOp, Table, banks
+from mxmoe.passes.base import EARLIER, Environment, Pass, advance
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class AnnotateRouting(Pass):
 
     def run(self, module: ModuleOp, environment: Environment) -> None:
         """Annotate every bank; the blocks become annotated."""
-        for moe in moe_ops(module):
+        for moe in self.blocks(module, "lifted", "annotated", "allocated", way=EARLIER):
             for bank in banks(moe).values():
                 if environment.stats is None:
                     frequency = np.full(bank.experts, bank.top_k / bank.experts)
                     mass = np.full(bank.experts, 1 / bank.experts)
                 else:
-                    seen = environment.stats.bank(moe.block, bank.name)
+                    seen = environment.seen(self.name, moe, bank)
                     frequency, mass = seen.tokens / seen.n_tokens, seen.mass / seen.n_tokens
                 bank.route.set_table("frequency", Table(("expert",), frequency.astype(np.float32)))
                 bank.route.set_table("mass", Table(("expert",), mass.astype(np.float32)))
-            moe.stage = "annotated"
+            advance(moe, "annotated")

@@ -7,8 +7,8 @@ from typing import cast
 
 from mxmoe.calib.stats import Norm
 from mxmoe.errors import BadOption
-from mxmoe.ir import ModuleOp, Table, banks, moe_ops
-from mxmoe.passes.base import Environment, Pass
+from mxmoe.ir import ModuleOp, Table, banks
+from mxmoe.passes.base import EARLIER, Environment, Pass, advance
 
 NORMS = ("squared", "unsquared")
 SCALES = ("total", "relative")
@@ -37,12 +37,13 @@ class AnnotateSensitivity(Pass):
             if value not in known:
                 raise BadOption(name=self.name, option=f"{option}={value}", reason=f"it is {' or '.join(known)}")
         stats = environment.need_stats(self.name)
-        for moe in moe_ops(module):
-            output = sum(float(stats.bank(moe.block, name).squared_output.sum()) for name in banks(moe))
+        for moe in self.blocks(module, "lifted", "annotated", "allocated", way=EARLIER):
+            seen = [environment.seen(self.name, moe, bank) for bank in banks(moe).values()]
+            output = sum(float(one.squared_output.sum()) for one in seen)
             unit = (output if self.norm == "squared" else output**0.5) if self.scale == "relative" else 1.0
             for bank in banks(moe).values():
                 for role, op in bank.linears.items():
                     norm = cast("Norm", self.norm)
                     values = stats.sensitivity(moe.block, bank.name, role, moe.candidates, norm=norm) / (unit or 1.0)
                     op.set_table("sensitivity", Table(("expert", "scheme"), values))
-            moe.stage = "annotated"
+            advance(moe, "annotated")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mxmoe.errors import MissingInput
 from mxmoe.ir import ModuleOp, Plan, apply_plan
-from mxmoe.passes.base import Environment, Pass
+from mxmoe.passes.base import EARLIER, Environment, Pass
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class ApplyPlan(Pass):
     def run(self, module: ModuleOp, environment: Environment) -> None:
         """Apply the plan; the blocks become allocated."""
         plan = Plan.load(self.file) if self.file else environment.plan
+        self.blocks(module, "lifted", "annotated", "allocated", way=EARLIER)
         if plan is None:
             raise MissingInput(name=self.name, what="a plan", way="give `apply-plan{file=\"plan.json\"}`")
         apply_plan(module, plan)

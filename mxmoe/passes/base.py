@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from dataclasses import dataclass
 
 from xdsl.context import Context
 from xdsl.passes import ModulePass
 
-from mxmoe.calib import Stats
-from mxmoe.errors import MissingInput
-from mxmoe.ir import ModuleOp, Plan
+from mxmoe.calib import BankStats, Stats
+from mxmoe.errors import MissingInput, StatsDoNotFit, WrongStage
+from mxmoe.ir import STAGES, Bank, ModuleOp, MoeOp, Plan, Stage, moe_ops
 from mxmoe.target import TARGETS, Target
+
+EARLIER = "run it earlier"
+"""The way out for a pass that comes too late."""
+_BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,21 @@ class Environment:
         if self.stats is None:
             raise MissingInput(name=name, what="statistics", way="observe the model first, or pass `--stats FILE`")
         return self.stats
+
+    def seen(self, name: str, moe: MoeOp, bank: Bank) -> BankStats:
+        """
+        Return what was observed of one bank.
+
+        Raises:
+            MissingInput: there are no statistics.
+            NotInStats: they do not have the bank.
+            StatsDoNotFit: they are of a bank with another number of experts.
+        """
+        seen = self.need_stats(name).bank(moe.block, bank.name)
+        if seen.experts != bank.experts:
+            reason = f"{moe.block} {bank.name} has {bank.experts} experts, {seen.experts} were observed"
+            raise StatsDoNotFit(reason=reason)
+        return seen
 
 
 @dataclass(frozen=True)
@@ -53,3 +73,45 @@ class Pass(ModulePass):
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Run without an environment: the door through which xDSL's own tools run a pass."""
         self.run(op, Environment())
+
+    def blocks(self, module: ModuleOp, *stages: Stage, way: str) -> list[MoeOp]:
+        """
+        List the blocks of a module once all of them are seen to be at a stage that this pass takes.
+
+        Raises:
+            WrongStage: one is not; nothing has been changed then. `way` is the way out, for the message.
+        """
+        for moe in moe_ops(module):
+            if moe.stage not in stages:
+                wanted = " or ".join(stages)
+                raise WrongStage(name=self.name, wanted=wanted, block=moe.block, stage=moe.stage, way=way)
+        return moe_ops(module)
+
+    def __str__(self) -> str:
+        """Spell the pass with the options that differ from their defaults, as `parse_passes` reads it."""
+        given = self.spec().parameters.items()
+        options = " ".join(f"{key.replace('_', '-')}{_equals(values)}" for key, values in given)
+        return f"{self.name}{{{options}}}" if options else self.name
+
+
+def advance(moe: MoeOp, stage: Stage) -> None:
+    """Bring a block to a stage, unless it is further already: an allocated block may be annotated anew."""
+    if STAGES.index(moe.stage) < STAGES.index(stage):
+        moe.stage = stage
+
+
+def _equals(values: tuple[bool | int | float | str, ...]) -> str:
+    return f"={','.join(map(_spell, values))}" if values else ""
+
+
+def _spell(value: bool | int | float | str) -> str:
+    """Write one value so that it is read back as it is: 1e-05 as 1.0e-05, text in quotes unless it is one word."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        mantissa, e, exponent = repr(value).partition("e")
+        return f"{mantissa}{'' if '.' in mantissa or not e else '.0'}{e}{exponent}"
+    if isinstance(value, int) or (_BARE.fullmatch(value) and value not in ("true", "false")):
+        return str(value)
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+    return f'"{escaped}"'

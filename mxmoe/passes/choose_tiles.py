@@ -9,7 +9,7 @@ from xdsl.dialects.builtin import ArrayAttr
 
 from mxmoe.cost import CostModel, best_tile
 from mxmoe.errors import SchemeCannotRun
-from mxmoe.ir import Bank, GroupGemmOp, ModuleOp, Scheme, Table, Tile, TileAttr, banks, moe_ops
+from mxmoe.ir import Bank, GroupGemmOp, ModuleOp, Scheme, Table, Tile, TileAttr, banks
 from mxmoe.passes.annotate_cost import find_cost_model
 from mxmoe.passes.base import Environment, Pass
 
@@ -33,7 +33,7 @@ class ChooseTiles(Pass):
     def run(self, module: ModuleOp, environment: Environment) -> None:
         """Choose for every expert; the blocks stay lowered."""
         model = find_cost_model(self.model, self.device or environment.target.device)
-        for moe in moe_ops(module):
+        for moe in self.blocks(module, "lowered", way="run lower-to-group-gemm first"):
             for bank in banks(moe).values():
                 for gemm in bank.gemms:
                     self._choose(gemm, bank, moe.candidates, model)

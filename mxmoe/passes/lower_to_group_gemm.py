@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from xdsl.dialects.builtin import ArrayAttr, StringAttr
 
-from mxmoe.errors import MissingInput
-from mxmoe.ir import Bank, GroupGemmOp, LinearOp, ModuleOp, TableAttr, banks, moe_ops
+from mxmoe.ir import Bank, GroupGemmOp, LinearOp, ModuleOp, TableAttr, banks
 from mxmoe.passes.base import Environment, Pass
 
 
@@ -24,14 +23,11 @@ class LowerToGroupGemm(Pass):
 
     name = "lower-to-group-gemm"
     fuse: bool = True
-    """Fuse gate and up where they chose alike."""
+    """Fuse gate and up where they chose alike, and both or neither have a bias."""
 
     def run(self, module: ModuleOp, environment: Environment) -> None:
         """Lower every block; the blocks become lowered."""
-        for moe in moe_ops(module):
-            if moe.stage != "allocated":
-                raise MissingInput(name=self.name, what=f"an allocated block, {moe.block} is {moe.stage}",
-                                   way="run allocate-bits or apply-plan first")
+        for moe in self.blocks(module, "allocated", way="allocate-bits or apply-plan makes allocated blocks"):
             for bank in banks(moe).values():
                 for group in self._groups(bank):
                     _lower(group)
@@ -39,7 +35,8 @@ class LowerToGroupGemm(Pass):
 
     def _groups(self, bank: Bank) -> list[list[LinearOp]]:
         entries = [op for role, op in bank.linears.items() if role != "down"]
-        alike = all(op.choice == entries[0].choice for op in entries)
+        # one op has a bias for each of its weights or for none
+        alike = len({(op.choice, op.bias is None) for op in entries}) == 1
         fused = [entries] if self.fuse and alike else [[op] for op in entries]
         return [*fused, [bank.linears["down"]]]
 
@@ -48,14 +45,14 @@ def _lower(group: Sequence[LinearOp]) -> None:
     """Put one group GEMM in place of linears that share their rows."""
     first = group[0]
     assert first.choice is not None, f"{first.weight} is allocated"
-    biases = [op.bias for op in group]
+    biases = [op.bias for op in group if op.bias]
     gemm = GroupGemmOp.create(
         operands=first.operands,
         result_types=[op.out.type for op in group],
         properties={
             "role": StringAttr("_".join(op.role for op in group)),
             "weights": ArrayAttr([StringAttr(op.weight) for op in group]),
-            **({"biases": ArrayAttr([StringAttr(name) for name in biases if name])} if all(biases) else {}),
+            **({"biases": ArrayAttr([StringAttr(name) for name in biases])} if biases else {}),
             "choice": TableAttr(first.choice),
         },
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from xdsl.utils.arg_spec import ArgSpec, parse_pipeline
-from xdsl.utils.exceptions import ArgSpecParseError, VerifyException
+from xdsl.utils.exceptions import ArgSpecParseError, ParseError, VerifyException
 
-from mxmoe.errors import BadOption, BadPipeline, PassFailed
+from mxmoe.errors import BadOption, BadPipeline, NotAPass, PassFailed, UnknownName
 from mxmoe.ir import ModuleOp
 from mxmoe.passes.base import Environment, Pass
 from mxmoe.registry import Registry, near_names
@@ -46,6 +47,8 @@ PIPELINES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
+_QUOTED = re.compile(r'("(?:[^"\\]|\\.)*")')
+
 
 class Observer(Protocol):
     """Sees every pass go by: printing, timing and verifying are observers, the driver knows none of them."""
@@ -59,72 +62,132 @@ class Observer(Protocol):
         ...
 
 
-def parse_passes(text: str) -> tuple[Pass, ...]:
+def parse_passes(text: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[Pass, ...]:
     """
-    Read passes from the name of a pipeline or from `pass{option=value},...`; the inverse of `spell_passes`.
+    Read passes from `pass{option=value},...`, where the name of a pipeline stands for its passes.
+
+    The inverse of `spell_passes`: `parse_passes("default,mine{k=2}")` is the default pipeline and one pass more.
+    `options`, pass -> field -> value, holds for what the text does not spell out itself.
 
     Raises:
         BadPipeline: the text does not parse.
         UnknownName: a pass that is not registered.
-        BadOption: an option that the pass does not have, or of another type.
+        NotAPass: something else is registered under the name.
+        BadOption: an option that the pass does not have, or a value of another type.
     """
-    try:
-        specs = tuple(parse_pipeline(",".join(PIPELINES.get(text, (text,)))))
-    except ArgSpecParseError as error:
-        raise BadPipeline(text=text, reason=str(error).strip().splitlines()[-1]) from error
-    return tuple(_build(spec) for spec in specs)
+    specs = [one for spec in _parse(text) for one in _expand(spec)]
+    return tuple(_build(spec, (options or {}).get(spec.name, {})) for spec in specs)
 
 
 def spell_passes(passes: Sequence[Pass]) -> str:
     """Write passes as a pipeline string."""
-    return ",".join(str(step.spec()) for step in passes)
-
-
-def with_options(passes: Sequence[Pass], options: Mapping[str, Mapping[str, Any]]) -> tuple[Pass, ...]:
-    """Replace options of the passes named, where a pass still has its default there: what a pipeline spells wins."""
-
-    def configured(step: Pass) -> Pass:
-        defaults = {field.name: field.default for field in dataclasses.fields(step)}
-        given = options.get(step.name, {})
-        return dataclasses.replace(step, **{k: v for k, v in given.items() if getattr(step, k) == defaults[k]})
-
-    return tuple(configured(step) for step in passes)
+    return ",".join(map(str, passes))
 
 
 def run_passes(
     module: ModuleOp, passes: Sequence[Pass], environment: Environment, observers: Sequence[Observer] = ()
 ) -> ModuleOp:
     """
-    Run passes over a module, in place, and verify it after each.
+    Run passes over a module, in place, and verify it at the end; `VerifyEach` among the observers verifies in between.
 
     Raises:
-        PassFailed: the module does not verify after a pass.
+        PassFailed: the module does not verify.
     """
     for step in passes:
         for observer in observers:
             observer.before(step, module)
-        step.run(module, environment)
         try:
-            module.verify()
-        except VerifyException as error:
-            raise PassFailed(name=step.name, reason=error) from error
+            step.run(module, environment)
+        except Exception as error:  # passes may raise anything; we add the pass and pass it on
+            error.add_note(f"in the pass {step}")
+            raise
         for observer in observers:
             observer.after(step, module)
+    try:
+        module.verify()
+    except VerifyException as error:
+        raise PassFailed(name=spell_passes(passes) or "no pass", reason=error) from error
     return module
 
 
-def _build(spec: ArgSpec) -> Pass:
-    """Make a pass from its parsed spec, with near names for an option that it lacks."""
-    kind: type[Pass] = PASSES[spec.name]
+def _parse(text: str) -> list[ArgSpec]:
+    """Read names and options; blanks and line breaks are free but within quotes."""
+    parts = _QUOTED.split(text.strip())
+    parts[::2] = [re.sub(r"\s*([,{}=])\s*", r"\1", part) for part in parts[::2]]
+    try:
+        return list(parse_pipeline("".join(parts)))
+    except (ArgSpecParseError, ParseError) as error:
+        raise BadPipeline(text=text, reason=_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Take the sentence out of xDSL's message, whose other lines show the place in the text."""
+    return str(error).strip().splitlines()[-1].strip(" ^").rstrip(".") or "it does not follow the grammar"
+
+
+def _expand(spec: ArgSpec) -> list[ArgSpec]:
+    """Put its passes in place of a pipeline."""
+    if spec.name not in PIPELINES:
+        return [spec]
+    if spec.parameters:
+        reason = f"options belong to passes; it runs {', '.join(PIPELINES[spec.name])}"
+        raise BadOption(name=f"the pipeline {spec.name}", option=next(iter(spec.parameters)), reason=reason)
+    return [one for step in PIPELINES[spec.name] for one in _parse(step)]
+
+
+def _build(spec: ArgSpec, options: Mapping[str, Any]) -> Pass:
+    """Make a pass from its parsed spec and from the options that the spec leaves open."""
+    kind = _find(spec.name)
     hints = typing.get_type_hints(kind)
     fields = {field.name.replace("_", "-") for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {}
-    for option, given in spec.parameters.items():
-        if option.replace("_", "-") not in fields:
-            raise BadOption(name=spec.name, option=repr(option), reason=near_names(option.replace("_", "-"), fields))
-        floats = "float" in str(hints[option.replace("-", "_")])
-        values[option] = tuple(float(v) if floats and type(v) is int else v for v in given)
+    for option, given in spec.normalize_parameter_names().parameters.items():
+        dashed = option.replace("_", "-")
+        if dashed not in fields:
+            raise BadOption(name=spec.name, option=f"the option {dashed}", reason=near_names(dashed, fields))
+        values[option] = tuple(_number(value) if "float" in str(hints[option]) else value for value in given)
+        try:
+            kind.from_spec(ArgSpec(spec.name, {option: values[option]}))
+        except ValueError as error:
+            written = ",".join(map(str, given)) or "nothing"
+            reason = f"it takes {_describe(hints[option])}"
+            raise BadOption(name=spec.name, option=f"{dashed}={written}", reason=reason) from error
+    step = kind.from_spec(ArgSpec(spec.name, values))
+    return dataclasses.replace(step, **{name: value for name, value in options.items() if name not in values})
+
+
+def _find(name: str) -> type[Pass]:
+    """Look a pass up and check that it is one: third parties register what they like."""
+    if name not in PASSES:
+        raise UnknownName(kind="pass", name=name, near=near_names(name, (*PASSES, *PIPELINES)))
+    kind = PASSES[name]
+    if not (isinstance(kind, type) and issubclass(kind, Pass)):
+        raise NotAPass(name=name, reason=f"{kind!r} is no subclass of mxmoe.passes.Pass")
+    if kind.__dict__.get("name") != name:
+        raise NotAPass(name=name, reason=f"write `name = {name!r}` in {kind.__qualname__}")
+    if "__dataclass_params__" not in kind.__dict__:
+        raise NotAPass(name=name, reason=f"decorate {kind.__qualname__} with @dataclass(frozen=True)")
+    if required := kind.required_fields():
+        raise NotAPass(name=name, reason=f"give its options {', '.join(sorted(required))} defaults")
+    return kind
+
+
+def _number(value: Any) -> Any:  # noqa: ANN401  # any option value; what is no number is left to the type check
+    """Read an integer, and words like inf and 1e-5, where a float is wanted."""
+    if type(value) is int:
+        return float(value)
     try:
-        return kind.from_spec(ArgSpec(spec.name, values))
-    except ValueError as error:
-        raise BadOption(name=spec.name, option=str(spec), reason=error) from error
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _describe(hint: Any) -> str:  # noqa: ANN401  # a type hint
+    """Say a type hint in words: `tuple[float, ...] | None` is "numbers, or nothing"."""
+    one = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
+    many = {int: "integers", float: "numbers", str: "texts", bool: "trues and falses"}
+    if typing.get_origin(hint) is tuple:
+        return many.get(typing.get_args(hint)[0], str(hint))
+    if alternatives := typing.get_args(hint):
+        return ", or ".join(map(_describe, alternatives))
+    return one.get(hint, str(hint))

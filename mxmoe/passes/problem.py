@@ -41,6 +41,8 @@ def problem_of(module: ModuleOp, *, granularity: str = "linear", tie_gate_up: bo
 def common_candidates(module: ModuleOp) -> tuple[Scheme, ...]:
     """Return the candidates that all blocks share."""
     offered = {moe.candidates for moe in moe_ops(module)}
+    if not offered:
+        raise MissingInput(name="allocate-bits", what="at least one block", way="lift a module with experts")
     if len(offered) != 1:
         raise MissingInput(name="allocate-bits", what="blocks with the same candidates", way="lift them together")
     return offered.pop()
