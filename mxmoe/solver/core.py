@@ -50,7 +50,10 @@ def open_cells(value: Floats, resources: Floats, caps: Floats, multipliers: Floa
     A cell whose reduced cost exceeds the distance between the plan and its bound is in no better plan (Dembo and
     Hammer 1980). Shapes as in `search_core`.
     """
-    regret, window = _regret(value, resources, caps, multipliers, choice)
+    return _open(*_regret(value, resources, caps, multipliers, choice), choice)
+
+
+def _open(regret: Floats, window: float, choice: Ints) -> NDArray[np.bool_]:
     alive = regret <= window
     alive[np.arange(choice.size), choice] = True
     return alive
@@ -99,7 +102,7 @@ def search_core(
     rows = np.arange(choice.size)
     regret, window = _regret(value, resources, caps, multipliers, choice)
     spare = caps - resources[:, rows, choice].sum(axis=1)
-    alive = open_cells(value, resources, caps, multipliers, choice)
+    alive = _open(regret, window, choice)
     is_open = alive.sum(axis=1) > 1
     if not is_open.any():
         return choice, True

@@ -16,6 +16,9 @@ from mxmoe.solver.problem import Floats, Ints
 from mxmoe.solver.repair import improve, repair
 from mxmoe.solver.staircase import Staircase, bracket
 
+_DEARER = (1.0, 1.001, 1.1, 4.0)
+"""Factors on the multipliers: where the plan next to the best ones cannot be repaired, a thriftier one may."""
+
 
 @dataclass(frozen=True)
 class Lagrangian(LinearSolver):
@@ -91,7 +94,11 @@ class Lagrangian(LinearSolver):
         names = sorted(instance.caps)
         resources, caps = _limits(instance, names)
         multipliers = best_multipliers(value, resources, caps)
-        plan = repair(value, resources, caps, multipliers, relax(value, resources, caps, multipliers)[1])
+        plan = None
+        for factor in _DEARER:
+            if plan is None:
+                nearest = relax(value, resources, caps, factor * multipliers)[1]
+                plan = repair(value, resources, caps, multipliers, nearest)
         for fallback in (best_uniform, self._any_plan):
             plan = fallback(instance) if plan is None else plan
         return None if plan is None else self._finish(instance, value, names, multipliers, plan)

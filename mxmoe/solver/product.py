@@ -114,13 +114,14 @@ def _next_weights(front: _Front, best: int, corner: Floats, lines: Ints) -> Weig
     Pick weights between those of the two lines through a corner.
 
     The tangent of the objective at the best plan comes first: a plan that is better in that sum is better in the
-    objective. Then the chord between the plans found on the two lines, which settles the corner if they are exact.
+    objective. Then the tangent at the corner itself, which cuts deepest where the objective is low, and the chord
+    between the plans found on the two lines.
     """
     (low, high) = sorted(_slope(front.weights[line]) for line in lines)
     a, b = (front.points[line] for line in lines)
     point, r = front.points[best], front.instance.r
     chord = _ratio(a.latency_us - b.latency_us, b.loss - a.loss)
-    slopes = [_ratio(r * point.latency_us, (1 - r) * point.loss), chord, _ratio(r * corner[1], (1 - r) * corner[0])]
+    slopes = [_ratio(r * point.latency_us, (1 - r) * point.loss), _ratio(r * corner[1], (1 - r) * corner[0]), chord]
     if np.isfinite(high):
         slopes.append(np.sqrt(low * high) if low > 0 else high / 16)
     else:
