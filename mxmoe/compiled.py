@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import json
+import copy
+import inspect
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn, Self
 
+import torch
 from torch import Tensor, nn
 
-from mxmoe.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from mxmoe.errors import NeedsBlock, NoSuchStage, NotCompiled, PlanMismatch
+from mxmoe.checkpoint import Checkpoint, Origin, read_checkpoint, write_checkpoint
+from mxmoe.errors import NeedsBlock, NoSuchStage, NotCompiled, NotSavedHere, StructureMismatch
 from mxmoe.frontend import BankRun, Lifted, LiftedBlock, lift, replace_banks
-from mxmoe.ir import GroupGemmOp, Plan, moe_ops, parse_ir
+from mxmoe.ir import GroupGemmOp, ModuleOp, Plan, Scheme, banks, moe_ops, parse_ir
 from mxmoe.quant import Packed, PackedWeights
 from mxmoe.registry import near_names
 from mxmoe.report.compiled import CompileReport
@@ -33,6 +34,12 @@ class Compilation:
     executables: Mapping[str, Executable]
     """Block name -> what runs it."""
     report: CompileReport
+    origin: Origin | None
+    """How to build the module again; None where that is not known."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Give itself: nothing in it changes, so copies of a module share it, packed weights included."""
+        return self
 
     def ir(self, stage: str) -> str:
         """
@@ -46,11 +53,28 @@ class Compilation:
         return self.stages[stage]
 
 
+class CompiledBank:
+    """One bank of a compiled block, in the form in which a bank is put in place of its experts."""
+
+    def __init__(self, executable: Executable, bank: str) -> None:
+        """Bind a bank of an executable."""
+        self.executable, self.bank = executable, bank
+
+    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Run the bank: [tokens, hidden] -> [tokens, hidden]; see `Executable`."""
+        return self.executable(self.bank, hidden, top_k_index, top_k_weights)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Give itself: nothing in it changes."""
+        return self
+
+
 class CompiledMoE(nn.Module):
     """
     A block whose experts run compiled; called exactly like the block.
 
-    Router, shared-expert gate and whatever else the block does stay torch; routed and shared experts are replaced.
+    Router, shared-expert gate and whatever else the block does stay torch; routed and shared experts are replaced. The
+    compiled experts are no parameters: they have no gradient, and `to` and `state_dict` pass them by.
     """
 
     def __init__(self, block: nn.Module, compilation: Compilation) -> None:
@@ -58,6 +82,7 @@ class CompiledMoE(nn.Module):
         super().__init__()
         self.block = block
         self.compilation = compilation
+        self.__signature__ = inspect.signature(block.forward)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the block's own signature
         """Call the block."""
@@ -92,15 +117,34 @@ def install(lifted: Lifted, made: Compilation) -> nn.Module:
     """Replace the banks of a lifted module by executables, and give the plan and its company to what is returned."""
 
     def run(block: LiftedBlock, bank: str) -> BankRun:
-        return partial(made.executables[block.name], bank)
+        return CompiledBank(made.executables[block.name], bank)
 
     root = replace_banks(lifted, run).root
     if not is_model(lifted):
         return CompiledMoE(root, made)
-    company = {"compilation": made, "plan": made.plan, "ir": made.ir, "report": lambda: made.report}
-    for name, value in {**company, "save": partial(save, root)}.items():
+    company: dict[str, Any] = {
+        "compilation": made,
+        "plan": made.plan,
+        "ir": made.ir,
+        "report": lambda: made.report,
+        "save": partial(save, root),
+    }
+    if hasattr(root, "save_pretrained"):
+        company["save_pretrained"] = partial(_refuse_save, type(root).__name__)
+    for name, value in company.items():
         setattr(root, name, value)
     return root
+
+
+def _refuse_save(cls: str, *args: object, **kwargs: object) -> NoReturn:
+    """Take the place of `save_pretrained`, which sees parameters only and would leave the experts out silently."""
+    raise NotSavedHere(cls=cls)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Say whether a module is, or holds, anything that `compile` made."""
+    parts = tuple(module.modules())
+    return any(hasattr(part, "compilation") or isinstance(getattr(part, "run", None), CompiledBank) for part in parts)
 
 
 def is_model(lifted: Lifted) -> bool:
@@ -108,6 +152,30 @@ def is_model(lifted: Lifted) -> bool:
     parts = [block.block for block in lifted.blocks]
     parts += [bank.module for block in lifted.blocks for bank in block.banks.values()]
     return all(part is not lifted.root for part in parts)
+
+
+def copy_modules(module: nn.Module, *, is_meta: bool = False) -> nn.Module:
+    """Copy a tree of modules; parameters and buffers are shared with the original, or have no values (`is_meta`)."""
+    shared: dict[int, Tensor] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    if is_meta:
+        shared = {key: _without_values(tensor) for key, tensor in shared.items()}
+    return copy.deepcopy(module, shared)
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    meta = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(meta, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+
+def lifted_in(lifted: Lifted, root: nn.Module) -> Lifted:
+    """Give what was lifted, its places taken to be those of another module of the same structure."""
+
+    def moved(block: LiftedBlock) -> LiftedBlock:
+        found = {name: replace(bank, module=root.get_submodule(bank.path)) for name, bank in block.banks.items()}
+        first = next(iter(block.banks.values())).path
+        return replace(block, block=root.get_submodule(first.rpartition(".")[0]), banks=found)
+
+    return replace(lifted, root=root, blocks=tuple(map(moved, lifted.blocks)))
 
 
 def save(compiled: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -124,11 +192,15 @@ def save(compiled: nn.Module, folder: str | os.PathLike[str]) -> None:
     made = getattr(compiled, "compilation", None)
     if not isinstance(made, Compilation):
         raise NotCompiled(cls=type(compiled).__name__)
-    root = compiled.block if isinstance(compiled, CompiledMoE) else compiled
-    tensors = {f"rest/{key}": tensor for key, tensor in root.state_dict().items()}
+    root = _inner(compiled)
     texts = {"plan.json": made.plan.to_json(), **{f"{stage}.mlir": text for stage, text in made.stages.items()}}
-    about = {"target": made.target.name, "report": made.report.to_dict(), **_describe(root)}
-    write_checkpoint(folder, Checkpoint(about, texts, {**tensors, **dict(_expert_tensors(made))}))
+    about = {
+        "target": made.target.name,
+        "report": made.report.to_dict(),
+        "origin": None if made.origin is None else asdict(made.origin),
+        "training": root.training,
+    }
+    write_checkpoint(folder, Checkpoint(about, texts, {**_torch_tensors(root), **dict(_expert_tensors(made))}))
 
 
 def load(folder: str | os.PathLike[str], block: nn.Module | None = None, *, target: str | None = None) -> nn.Module:
@@ -137,106 +209,142 @@ def load(folder: str | os.PathLike[str], block: nn.Module | None = None, *, targ
 
     Args:
         folder: what `save` wrote.
-        block: a module of the structure that was compiled; its own weights do not matter and are overwritten. It may
-            be left out where a transformers class was compiled, which is then built from its saved config.
+        block: a module of the structure that was compiled; its own weights do not matter, and it becomes the inside of
+            what is returned. It may be left out where a transformers class was compiled, which is then built from its
+            saved config, without ever holding dense experts.
         target: run somewhere else than where it was compiled for.
 
     Raises:
+        UnknownName, NoKernels: a target that is not there, or cannot run here.
         NoCheckpoint, BrokenCheckpoint: not a checkpoint, or something in it was changed or lost.
         NeedsBlock: the class cannot be built from what was saved.
-        PlanMismatch: `block` has another structure.
+        StructureMismatch: `block` has another structure.
     """
+    goal = None if target is None else find_target(target)
     stored = read_checkpoint(folder)
-    root = _build(stored.about) if block is None else block
-    goal = find_target(target or stored.about["target"])
+    goal = goal or find_target(stored.about["target"])
+    backend = make_backend(goal)
+    origin = None if stored.about["origin"] is None else Origin(**stored.about["origin"])
+    root = _build(origin).train(stored.about["training"]) if block is None else block
+    # without values: those of a module made for this purpose may be anything, even NaN
+    lifted = lifted_in(lift(copy_modules(root, is_meta=True)), root)
+    _check_structure(parse_ir(stored.texts["lifted.mlir"]), lifted.module)
     module = parse_ir(stored.texts["lowered.mlir"])
-    executables = make_backend(goal).compile(module, _packed_weights(stored.texts["lowered.mlir"], stored.tensors))
-    lifted = lift(root)
-    known, given = [moe.block for moe in moe_ops(module)], [one.name for one in lifted.blocks]
-    if known != given:
-        raise PlanMismatch(reason=f"the checkpoint has blocks {', '.join(known)}, the module {', '.join(given)}")
+    executables = backend.compile(module, _packed_weights(module, stored.tensors))
+    report = CompileReport.from_dict(stored.about["report"])
+    held = sum(executable.nbytes for executable in executables.values())
     made = Compilation(
         target=goal,
         plan=Plan.from_json(stored.texts["plan.json"]),
         stages={name.removesuffix(".mlir"): text for name, text in stored.texts.items() if name.endswith(".mlir")},
         executables=executables,
-        report=CompileReport.from_dict(stored.about["report"]),
+        report=replace(report, target=goal.name, held_bytes=held),
+        origin=origin,
     )
     compiled = install(lifted, made)
-    inner = compiled.block if isinstance(compiled, CompiledMoE) else compiled
-    rest = {key.removeprefix("rest/"): t for key, t in stored.tensors.items() if key.startswith("rest/")}
-    inner.load_state_dict(rest, assign=True)
-    if hasattr(inner, "tie_weights"):
-        inner.tie_weights()  # pyright: ignore[reportCallIssue]  # a transformers model; assign=True unties
+    _fill(_inner(compiled), stored.tensors)
     return compiled
+
+
+def _inner(compiled: nn.Module) -> nn.Module:
+    return compiled.block if isinstance(compiled, CompiledMoE) else compiled
+
+
+def _build(origin: Origin | None) -> nn.Module:
+    if origin is None:
+        raise NeedsBlock(cls="the compiled module", reason="it is no transformers class with a config")
+    return origin.build()
+
+
+def _torch_tensors(root: nn.Module) -> dict[str, Tensor]:
+    """Give what is not compiled, by key; buffers too that a state dict leaves out, which a config may not give back."""
+    state = root.state_dict()
+    others = {name: buffer for name, buffer in root.named_buffers(remove_duplicate=False) if name not in state}
+    return {f"rest/{name}": t for name, t in state.items()} | {f"buffer/{name}": t for name, t in others.items()}
+
+
+def _fill(root: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """
+    Put back what `_torch_tensors` gave.
+
+    Raises:
+        StructureMismatch: the module has other parameters.
+        NeedsBlock: something was built without values and was not saved.
+    """
+    rest = {key.removeprefix("rest/"): tensor for key, tensor in tensors.items() if key.startswith("rest/")}
+    try:
+        root.load_state_dict(rest, assign=True)
+    except RuntimeError as error:
+        raise StructureMismatch(reason=str(error).strip().splitlines()[-1].strip()) from error
+    for key, tensor in tensors.items():
+        if key.startswith("buffer/"):
+            owner, _, name = key.removeprefix("buffer/").rpartition(".")
+            root.get_submodule(owner).register_buffer(name, tensor, persistent=False)
+    if hasattr(root, "tie_weights"):
+        root.tie_weights()  # pyright: ignore[reportCallIssue]  # a transformers model; assign=True unties
+    for path, part in root.named_modules():
+        held = {**vars(part), **dict(part.named_parameters(recurse=False)), **dict(part.named_buffers(recurse=False))}
+        for name, value in held.items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise NeedsBlock(cls=type(root).__name__, reason=f"the tensor {path}.{name} is not part of its state")
+
+
+def _check_structure(wanted: ModuleOp, given: ModuleOp) -> None:
+    """Compare sizes of lifted modules; element types may differ."""
+    ours, theirs = _sizes(wanted), _sizes(given)
+    for block in (*ours, *theirs):
+        if ours.get(block) != theirs.get(block):
+            reason = f"{block} is {theirs.get(block, 'missing')}, it was {ours.get(block, 'missing')}"
+            raise StructureMismatch(reason=reason)
+
+
+def _sizes(module: ModuleOp) -> dict[str, str]:
+    """Block -> its banks with their sizes."""
+    return {
+        moe.block: "; ".join(
+            f"{name}: {bank.experts} experts, top {bank.top_k}, {bank.act.kind}, "
+            + ", ".join(f"{role} {op.n} x {op.k}" for role, op in bank.linears.items())
+            for name, bank in banks(moe).items()
+        )
+        for moe in moe_ops(module)
+    }
+
+
+def _gemms(module: ModuleOp) -> Iterator[tuple[str, GroupGemmOp, list[Scheme]]]:
+    """Give every group GEMM of a lowered module with its block and the scheme of each expert."""
+    for moe in moe_ops(module):
+        for gemm in (op for op in moe.body.block.ops if isinstance(op, GroupGemmOp)):
+            assert gemm.choice is not None, "the verifier demands a choice of a lowered block"
+            yield moe.block, gemm, [moe.candidates[index] for index in gemm.choice.array.tolist()]
 
 
 def _expert_tensors(made: Compilation) -> Iterator[tuple[str, Tensor]]:
     """Give every packed matrix and bias that the executables hold, by key."""
-    for moe in moe_ops(parse_ir(made.stages["lowered"])):
-        executable = made.executables[moe.block]
-        for gemm in (op for op in moe.body.block.ops if isinstance(op, GroupGemmOp)):
-            for name in gemm.weights:
-                for expert in range(gemm.experts):
-                    packed = executable.packed(name, expert)
-                    for field in ("payload", "scale", "zero"):
-                        if (tensor := getattr(packed, field)) is not None:
-                            yield f"packed/{name}/{expert}/{field}", tensor
-            for name in gemm.biases:
-                yield f"bias/{name}", executable.bias(name)
+    for block, gemm, schemes in _gemms(parse_ir(made.stages["lowered"])):
+        executable = made.executables[block]
+        for name in gemm.weights:
+            for expert in range(len(schemes)):
+                packed = executable.packed(name, expert)
+                for field in ("payload", "scale", "zero"):
+                    if (tensor := getattr(packed, field)) is not None:
+                        yield f"packed/{name}/{expert}/{field}", tensor
+        for name in gemm.biases:
+            yield f"bias/{name}", executable.bias(name)
 
 
-def _packed_weights(text: str, tensors: Mapping[str, Tensor]) -> PackedWeights:
+def _packed_weights(module: ModuleOp, tensors: Mapping[str, Tensor]) -> PackedWeights:
     """Put the packed matrices of a checkpoint together."""
-    packed: dict[str, list[Packed]] = {}
-    for moe in moe_ops(parse_ir(text)):
-        for gemm in (op for op in moe.body.block.ops if isinstance(op, GroupGemmOp)):
-            assert gemm.choice is not None, "the verifier demands a choice of a lowered block"
-            schemes = [moe.candidates[index] for index in gemm.choice.array.tolist()]
-            for name in gemm.weights:
-                packed[name] = [
-                    Packed(scheme, gemm.n, gemm.k, **_fields(tensors, f"packed/{name}/{expert}"))
-                    for expert, scheme in enumerate(schemes)
-                ]
+    packed = {
+        name: [
+            Packed(scheme, gemm.n, gemm.k, **_fields(tensors, f"packed/{name}/{expert}"))
+            for expert, scheme in enumerate(schemes)
+        ]
+        for _, gemm, schemes in _gemms(module)
+        for name in gemm.weights
+    }
     biases = {key.removeprefix("bias/"): tensor for key, tensor in tensors.items() if key.startswith("bias/")}
     return PackedWeights(packed, biases)
 
 
 def _fields(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     return {field: tensors.get(f"{prefix}/{field}") for field in ("payload", "scale", "zero")}
-
-
-def _describe(root: nn.Module) -> dict[str, Any]:
-    """Say how to build the module again, where it is a transformers class made from a config."""
-    config = getattr(root, "config", None) or _config_below(root)
-    cls = type(root)
-    if config is None or not cls.__module__.startswith("transformers."):
-        return {"class": None, "config_class": None, "config": None}
-    return {
-        "class": f"{cls.__module__}:{cls.__qualname__}",
-        "config_class": f"{type(config).__module__}:{type(config).__qualname__}",
-        "config": json.loads(config.to_json_string(use_diff=False)),
-    }
-
-
-def _config_below(root: nn.Module) -> Any:  # noqa: ANN401  # a transformers config
-    """Find the config of a block: its parts keep it."""
-    return next((module.config for module in root.modules() if hasattr(module, "config")), None)
-
-
-def _build(about: Mapping[str, Any]) -> nn.Module:
-    """Build the module that was compiled; only classes of transformers are looked up."""
-    if not about["class"]:
-        raise NeedsBlock(cls="the compiled module", reason="it is no transformers class with a config")
-    try:
-        cls, config_class = (_find(about[key]) for key in ("class", "config_class"))
-        return cls(config_class.from_dict(about["config"]))
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise NeedsBlock(cls=about["class"], reason=f"{type(error).__name__}: {error}") from error
-
-
-def _find(path: str) -> Any:  # noqa: ANN401  # a class
-    module, _, name = path.partition(":")
-    if not module.startswith("transformers."):
-        raise ImportError(f"{module} is not part of transformers")
-    return getattr(importlib.import_module(module), name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +11,20 @@ from torch import nn
 
 from mxmoe import settings
 from mxmoe.calib import Stats, observe, observe_weights
-from mxmoe.compiled import Compilation, install, is_model, make_backend
+from mxmoe.checkpoint import Origin
+from mxmoe.compiled import Compilation, copy_modules, install, is_compiled, is_model, lifted_in, make_backend
 from mxmoe.cost import block_launches, predict_block_us
-from mxmoe.errors import BadArgument, CompiledAlready
+from mxmoe.errors import BadArgument, CompiledAlready, InfeasibleBudget
 from mxmoe.frontend import Lifted, lift
-from mxmoe.ir import ModuleOp, Plan, Scheme, banks, moe_ops, parse_ir, plan_of
+from mxmoe.ir import ModuleOp, Plan, Scheme, apply_plan, banks, moe_ops, parse_ir, plan_of
 from mxmoe.passes import (
     AllocateBits,
+    ApplyPlan,
+    ChooseTiles,
     Environment,
     KeepStages,
     Observer,
+    Pass,
     TimePasses,
     VerifyEach,
     find_cost_model,
@@ -37,7 +41,8 @@ if TYPE_CHECKING:
 Tokens = int | Sequence[int] | Mapping[int, float]
 """Tokens per call: one count, several alike, or count -> weight."""
 
-_PREDICTED_TOKENS = 512
+_TOKENS = 512
+_UNFINISHED = "it does not lower the blocks; end it with allocate-bits,lower-to-group-gemm,choose-tiles"
 
 
 def compile(
@@ -50,7 +55,7 @@ def compile(
     latency_us: float | None = None,
     r: float = 0.75,
     tokens: Tokens | None = None,
-    plan: Plan | str | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
     quantizer: str = "rtn",
     pipeline: str = "default",
     observers: Sequence[Observer] = (),
@@ -82,29 +87,32 @@ def compile(
         `.save(folder)`; for a model the model, with the same four attributes.
 
     Raises:
-        UnknownName: target, scheme, quantizer, pass or solver.
-        BadArgument: an argument that cannot be, e.g. r outside 0 to 1.
-        NoMoeBlock and others of `lift`, EmptyCalibration and others of `observe`, InfeasibleBudget of the solver,
-        PlanMismatch of the plan; all before weights are quantized.
+        UnknownName, BadScheme, BadArgument, BadPipeline, BadOption, BadPlan: an argument that cannot be.
+        NoKernels: the target cannot run here.
+        CompiledAlready: the experts of `block` are compiled.
+        NoMoeBlock and others of `lift`; EmptyCalibration and others of `observe`; InfeasibleBudget, PlanMismatch.
+        All of them before weights are quantized.
     """
-    goal = find_target(target)
+    goal, wanted = find_target(target), _read_plan(plan)
     backend = make_backend(goal)
-    candidates = _candidates(schemes, plan, goal, backend)
-    options = _options(candidates, weight_bits, latency_us, r, tokens)
-    steps = parse_passes("plan" if plan is not None and pipeline == "default" else pipeline, options)
+    candidates = _candidates(schemes, wanted, goal, backend)
+    steps = _steps(pipeline, wanted, _options(candidates, weight_bits, latency_us, r, tokens))
     watching = (*settings.observers(), *observers, VerifyEach())
-    if quantizer not in QUANTIZERS:
-        QUANTIZERS[quantizer]  # raises, with the near names
-    _refuse_compiled(block)
-    lifted = _lift_copy(block, candidates)
-    stats = None if plan is not None else _statistics(lifted, inputs, candidates, quantizer, quiet)
-    wanted = Plan.load(plan) if isinstance(plan, str) else plan
+    _ = QUANTIZERS[quantizer]  # an unknown name is to be found out now
+    if isinstance(block, nn.Module) and is_compiled(block):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CompiledAlready(cls=type(block).__name__)
+    lifted = lift(block, candidates=candidates)
+    _refuse_hopeless(lifted.module, steps, wanted)
+    stats = _statistics(lifted, inputs, candidates, quantizer, has_plan=wanted is not None, quiet=quiet)
     kept, clock = KeepStages(), TimePasses()
     run_passes(lifted.module, steps, Environment(stats, goal, wanted), (kept, clock, *watching))
+    if not {"allocated", "lowered"} <= kept.texts.keys():
+        raise BadArgument(name="pipeline", value=pipeline, reason=_UNFINISHED)
     executables = backend.compile(lifted.module, lifted.weights.using(quantizer))
-    report = _report(lifted, kept.texts["allocated"], stats, goal, executables, quantizer, clock.seconds)
-    made = Compilation(goal, plan_of(parse_ir(kept.texts["allocated"])), kept.texts, executables, report)
-    return install(lifted, made)
+    allocated = parse_ir(kept.texts["allocated"])
+    report = _report(lifted, allocated, stats, goal, executables, quantizer, steps, clock.seconds)
+    made = Compilation(goal, plan_of(allocated), kept.texts, executables, report, Origin.of(block))
+    return install(lifted if is_model(lifted) else lifted_in(lifted, copy_modules(block)), made)
 
 
 def solve(
@@ -143,14 +151,19 @@ def solve(
     return step.solve(annotated)
 
 
+def _read_plan(plan: Plan | str | os.PathLike[str] | None) -> Plan | None:
+    return plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
+
+
 def _candidates(
-    schemes: str | Scheme | Iterable[str | Scheme] | None, plan: Plan | str | None, target: Target, backend: Backend
+    schemes: str | Scheme | Iterable[str | Scheme] | None, plan: Plan | None, target: Target, backend: Backend
 ) -> tuple[Scheme, ...]:
     """Parse the schemes to choose from: the caller's, those of the plan, or the target's own."""
-    if schemes is None and plan is not None:
-        found = Plan.load(plan) if isinstance(plan, str) else plan
-        return tuple(sorted(set(found.rows.values())))
-    given = [schemes] if isinstance(schemes, str | Scheme) else list(target.candidates if schemes is None else schemes)
+    given: list[str | Scheme]
+    if schemes is not None:
+        given = [schemes] if isinstance(schemes, str | Scheme) else list(schemes)
+    else:
+        given = list(target.candidates) if plan is None else sorted(set(plan.rows.values()))
     parsed = tuple(dict.fromkeys(one if isinstance(one, Scheme) else Scheme.parse(one) for one in given))
     if not parsed:
         raise BadArgument(name="schemes", value=given, reason="name at least one, or leave it out")
@@ -159,6 +172,36 @@ def _candidates(
             able = ", ".join(text for text in target.candidates if backend.supports(Scheme.parse(text)))
             raise BadArgument(name="schemes", value=str(scheme), reason=f"{target.name} cannot run it; it runs {able}")
     return parsed
+
+
+def _steps(pipeline: str, plan: Plan | None, options: Mapping[str, Mapping[str, Any]]) -> tuple[Pass, ...]:
+    """Read the pipeline; a plan takes the place of solving."""
+    steps = parse_passes("plan" if plan is not None and pipeline == "default" else pipeline, options)
+    applies = any(isinstance(step, ApplyPlan) for step in steps)
+    if plan is not None and not applies and any(isinstance(step, AllocateBits) for step in steps):
+        reason = (
+            "it solves with allocate-bits although a plan was given; put apply-plan in its place, or leave plan out"
+        )
+        raise BadArgument(name="pipeline", value=pipeline, reason=reason)
+    return steps
+
+
+def _refuse_hopeless(module: ModuleOp, steps: Sequence[Pass], plan: Plan | None) -> None:
+    """Raise, before anything is observed, PlanMismatch or InfeasibleBudget if sizes alone say so."""
+    if plan is not None:
+        apply_plan(module.clone(), plan)
+    weights = bits = 0.0
+    for moe in moe_ops(module):
+        for op in (op for bank in banks(moe).values() for op in bank.linears.values()):
+            count = op.experts * op.n * op.k
+            weights, bits = weights + count, bits + count * min(s.effective_bits(op.k) for s in moe.candidates)
+    for step in (step for step in steps if isinstance(step, AllocateBits)):
+        for limit, value, least in (
+            ("weight_bits", step.weight_bits, bits / weights),
+            ("bytes", step.max_bytes, bits / 8),
+        ):
+            if value is not None and least > value * (1 + 1e-12):
+                raise InfeasibleBudget(limit=limit, value=value, smallest=least)
 
 
 def _options(
@@ -174,10 +217,7 @@ def _options(
     for name, value in (("weight_bits", weight_bits), ("latency_us", latency_us)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise BadArgument(name=name, value=value, reason="a budget is a positive number, or None")
-    mix = dict.fromkeys(tokens, 1.0) if isinstance(tokens, Sequence) else tokens
-    mix = {512 if mix is None else mix: 1.0} if not isinstance(mix, Mapping) else mix
-    if not mix or any(count < 1 or weight < 0 for count, weight in mix.items()):
-        raise BadArgument(name="tokens", value=tokens, reason="counts are at least 1 and weights not negative")
+    mix = _token_mix(tokens)
     uniform = len(candidates) == 1
     return {
         "annotate-cost": {"tokens": tuple(mix), "token_weights": tuple(float(w) for w in mix.values())},
@@ -190,59 +230,60 @@ def _options(
     }
 
 
-def _refuse_compiled(block: nn.Module) -> None:
-    parts = block.modules() if isinstance(block, nn.Module) else ()  # pyright: ignore[reportUnnecessaryIsInstance]
-    if any(hasattr(part, "compilation") for part in parts):
-        raise CompiledAlready(cls=type(block).__name__)
-
-
-def _lift_copy(block: nn.Module, candidates: Sequence[Scheme]) -> Lifted:
-    """Lift; a block is copied without its tensors first, since its experts are replaced and the caller keeps his."""
-    lifted = lift(block, candidates=candidates)
-    return lifted if is_model(lifted) else lift(copy_modules(block), candidates=candidates)
-
-
-def copy_modules(module: nn.Module) -> nn.Module:
-    """Copy a tree of modules that shares every parameter and buffer with the original."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+def _token_mix(tokens: Tokens | None) -> Mapping[int, float]:
+    """Bring tokens per call into one form, count -> weight."""
+    if tokens is None or isinstance(tokens, int):
+        mix: Mapping[int, float] = {_TOKENS if tokens is None else tokens: 1.0}
+    else:
+        mix = tokens if isinstance(tokens, Mapping) else dict.fromkeys(tokens, 1.0)
+    counts_fit = all(isinstance(count, int) and count >= 1 for count in mix)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not counts_fit or not all(0 <= weight < math.inf for weight in mix.values()) or not sum(mix.values()):
+        reason = "give integers of at least 1, with weights that are not negative and not all zero"
+        raise BadArgument(name="tokens", value=tokens, reason=reason)
+    return mix
 
 
 def _statistics(
-    lifted: Lifted, inputs: Inputs | Stats | None, candidates: Sequence[Scheme], quantizer: str, quiet: bool
-) -> Stats:
+    lifted: Lifted,
+    inputs: Inputs | Stats | None,
+    candidates: Sequence[Scheme],
+    quantizer: str,
+    *,
+    has_plan: bool,
+    quiet: bool,
+) -> Stats | None:
+    """Observe; with a plan there is nothing to weigh, and data serve only to say how tokens are routed."""
     if isinstance(inputs, Stats):
         return inputs
     if inputs is None:
-        return observe_weights(lifted, candidates, quantizer=quantizer, quiet=quiet)
+        return None if has_plan else observe_weights(lifted, candidates, quantizer=quantizer, quiet=quiet)
     return observe(lifted, inputs, schemes=candidates, quantizer=quantizer, quiet=quiet)
 
 
 def _report(
     lifted: Lifted,
-    allocated: str,
+    allocated: ModuleOp,
     stats: Stats | None,
     target: Target,
     executables: Mapping[str, Executable],
     quantizer: str,
+    steps: Sequence[Pass],
     seconds: Mapping[str, float],
 ) -> CompileReport:
     """Collect what a user asks first."""
-    module, model = parse_ir(allocated), find_cost_model("auto", target.device)
-    found = lifted.report()
+    model, found = find_cost_model("auto", target.device), lifted.report()
+    tokens = next((step.tokens for step in steps if isinstance(step, ChooseTiles)), _TOKENS)
     return CompileReport(
         target=target.name,
         device=target.device,
         quantizer=quantizer,
         bytes_found=found.bytes_found,
-        bytes_quantized=_bytes_quantized(module, lifted),
+        bytes_quantized=_bytes_quantized(allocated, lifted),
         found=str(found),
-        plan=PlanSummary.of(module),
+        plan=PlanSummary.of(allocated),
         held_bytes=sum(executable.nbytes for executable in executables.values()),
-        tokens=_PREDICTED_TOKENS,
-        predicted_us={
-            moe.block: predict_block_us(model, block_launches(moe, _PREDICTED_TOKENS)) for moe in moe_ops(module)
-        },
+        tokens=tokens,
+        predicted_us={moe.block: predict_block_us(model, block_launches(moe, tokens)) for moe in moe_ops(allocated)},
         calibration="a plan was given, nothing was observed" if stats is None else stats.report(),
         seconds=dict(seconds),
     )

@@ -565,7 +565,7 @@ class NoSuchStage(MxmoeError):
 class FolderInUse(MxmoeError):
     """A folder that holds something else."""
 
-    message = "{folder} holds files that are no checkpoint; choose an empty or new folder"
+    message = "{folder} holds {foreign}, which is no part of a checkpoint; choose an empty or new folder"
 
 
 class NoCheckpoint(MxmoeError):
@@ -629,3 +629,15 @@ class PassDisagrees(MxmoeError):
     """A pass changed what a module computes, or what its text holds."""
 
     message = "{name} {what}"
+
+
+class StructureMismatch(MxmoeError):
+    """A module of another structure than the one that was compiled."""
+
+    message = "the module does not have the structure that was compiled: {reason}; pass one made from the same config"
+
+
+class NotSavedHere(MxmoeError):
+    """A compiled model asked to save itself by its library, which would leave its experts out."""
+
+    message = "{cls}.save_pretrained cannot write compiled experts; use .save(folder), and mxmoe.load(folder)"

@@ -47,7 +47,8 @@ class Registry(Mapping[str, Any]):
         return {**theirs, **self.table}
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401  # a registry of passes holds classes, one of cost models functions
-        paths = self._paths()
+        # the installed packages are asked only about names that are not ours: reading their metadata takes milliseconds
+        paths = self.table if name in self.table else self._paths()
         if name not in paths:
             raise UnknownName(kind=self.kind, name=name, near=near_names(name, paths))
         module, _, attribute = paths[name].partition(":")
@@ -57,7 +58,7 @@ class Registry(Mapping[str, Any]):
             raise BrokenEntry(kind=self.kind, name=name, path=paths[name], reason=error) from error
 
     def __contains__(self, name: object) -> bool:
-        return name in self._paths()
+        return name in self.table or name in self._paths()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths())

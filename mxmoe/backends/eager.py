@@ -8,7 +8,7 @@ of the chosen schemes (`mxmoe.quant.matmul`) at `allocated` and `lowered`. Slow,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,7 +56,10 @@ class EagerBackend:
         Raises:
             BadWeightShape: a weight is not what the module says.
         """
-        return {moe.block: EagerExecutable(moe, _chosen_weights(moe, weights), weights) for moe in moe_ops(module)}
+        return {
+            moe.block: EagerExecutable(moe, _chosen_weights(moe, weights), _dense(moe, weights))
+            for moe in moe_ops(module)
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +69,8 @@ class EagerExecutable:
     moe: MoeOp
     quantized: Mapping[str, Sequence[Quantized]]
     """Weight name -> one per expert; empty before allocation."""
-    weights: WeightSource
-    """Where dense weights and biases are."""
+    weights: Mapping[str, Tensor]
+    """What is read dense: biases, and before allocation the weights."""
 
     def packed(self, name: str, expert: int) -> Packed:
         """See `mxmoe.target.Executable`."""
@@ -81,8 +84,7 @@ class EagerExecutable:
     def nbytes(self) -> int:
         """Bytes of codes (a byte each: not packed), scales, zero points and biases, or of the dense weights."""
         parts = [t for stack in self.quantized.values() for q in stack for t in (q.codes, q.scale, q.zero)]
-        dense = [self.weights[name] for name in _dense_names(self.moe)]
-        return sum(t.nbytes for t in (*parts, *dense) if t is not None)
+        return sum(t.nbytes for t in (*parts, *self.weights.values()) if t is not None)
 
     @torch.no_grad()
     def __call__(self, bank: str, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -209,10 +211,15 @@ def _chosen_weights(moe: MoeOp, weights: WeightSource) -> dict[str, tuple[Quanti
                 _check_shape(name, tuple(weights[name].shape), (op.experts, op.n, op.k))
                 continue
             schemes = [moe.candidates[int(index)] for index in op.choice.array]
-            chosen[name] = tuple(weights.quantized(name, expert, scheme) for expert, scheme in enumerate(schemes))
+            chosen[name] = tuple(_own(weights.quantized(name, expert, scheme)) for expert, scheme in enumerate(schemes))
             for q in chosen[name]:
                 _check_shape(name, (q.n, q.k), (op.n, op.k))
     return chosen
+
+
+def _own(q: Quantized) -> Quantized:
+    """16-bit codes may be a view of the weights: copied, they neither follow later changes nor keep the rest alive."""
+    return replace(q, codes=q.codes.detach().clone()) if q.scheme.is_float else q
 
 
 def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
@@ -220,12 +227,12 @@ def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> 
         raise BadWeightShape(name=name, found=list(found), wanted=list(wanted))
 
 
-def _dense_names(moe: MoeOp) -> list[str]:
-    """Names of the tensors that are read dense: biases, and weights before allocation."""
-    names: list[str] = []
+def _dense(moe: MoeOp, weights: WeightSource) -> dict[str, Tensor]:
+    """Take what is read dense, biases and before allocation the weights; nothing else of the source is kept."""
+    dense: dict[str, Tensor] = {}
     for op in moe.body.block.ops:
-        if isinstance(op, LinearOp):
-            names += [name for name in (op.weight if op.choice is None else None, op.bias) if name]
-        elif isinstance(op, GroupGemmOp):
-            names += op.biases
-    return names
+        if isinstance(op, LinearOp) and op.choice is None:
+            dense[op.weight] = weights[op.weight].detach()
+        biases = op.biases if isinstance(op, GroupGemmOp) else (op.bias,) if isinstance(op, LinearOp) else ()
+        dense |= {name: weights[name].detach().clone() for name in biases if name}
+    return dense
