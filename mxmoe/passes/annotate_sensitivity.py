@@ -28,7 +28,7 @@ class AnnotateSensitivity(Pass):
     name = "annotate-sensitivity"
     norm: str = "squared"
     """squared or unsquared."""
-    scale: str = "total"
+    scale: str = "relative"
     """total or relative."""
 
     def run(self, module: ModuleOp, environment: Environment) -> None:
