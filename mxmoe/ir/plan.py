@@ -113,6 +113,7 @@ class Plan:
         target = Path(path)
         with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as file:
             file.write(self.to_json())
+        os.chmod(file.name, 0o644)  # a temporary file is for its owner's eyes only
         os.replace(file.name, target)
 
     @classmethod

@@ -10,6 +10,8 @@ Needs hypothesis (the `test` extra), and is the only package of ours that import
 
 from mxmoe.testing.agree import assert_backends_agree
 from mxmoe.testing.blocks import Routed, at_stage, random_weights
+from mxmoe.testing.check_pass import check_pass, check_pass_on
+from mxmoe.testing.register import registered
 from mxmoe.testing.strategies import (
     SCHEMES,
     Case,
@@ -29,8 +31,11 @@ __all__ = [
     "at_stage",
     "blocks",
     "cases",
+    "check_pass",
+    "check_pass_on",
     "modules",
     "random_weights",
+    "registered",
     "routings",
     "schemes",
     "tables",

@@ -68,7 +68,7 @@ class _Pair:
 
     def __init__(self, moe: MoeOp, bank: Bank, left: str, right: str, a: Executable, b: Executable) -> None:
         self._moe, self._bank, self._names, self._pair = moe, bank, (left, right), (a, b)
-        self._schemes = _schemes_of(moe, bank)
+        self._schemes = schemes_of(moe, bank)
 
     def compare(self, hidden: Tensor, routed: Routed, exact_integers: bool) -> None:
         """Raise at the first difference; traces first, because they name it best."""
@@ -138,7 +138,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _schemes_of(moe: MoeOp, bank: Bank) -> dict[str, tuple[Scheme, ...]]:
+def schemes_of(moe: MoeOp, bank: Bank) -> dict[str, tuple[Scheme, ...]]:
     """Role -> each expert's scheme, in the order in which they run; empty tuples before allocation."""
     found: dict[str, tuple[Scheme, ...]] = {}
     for op in (*bank.linears.values(), *bank.gemms):
