@@ -4,11 +4,11 @@ Arithmetic and time of one observation of a Qwen1.5-MoE layer, against one full 
 60 routed experts, hidden 2048, intermediate 1408, top-4, and a shared expert of 5632. The comparison is the definition
 of sensitivity executed as it is written: for every linear and scheme the whole block once more over the data.
 
-The layer that runs has fewer routed experts, of the same sizes, so that it takes about a minute on two free cores.
-Its multiply-adds are counted as its products run (`Stats.macs`), those of a block pass by torch's operator hook while
-one runs; both must equal the formulas, and the formulas give the count of the whole layer. Neither counts the quantizing of
-weights and activations. The time of the observation has all of it; the time of the definition is that of its
-block passes alone. Writes `benchmarks/results/sensitivity.json`.
+The layer that runs has fewer routed experts, of the same sizes, so that it takes about a minute on two free cores. Its
+multiply-adds are counted as its products run (`Stats.macs`), those of a block pass by torch's operator hook; both must
+equal the formulas, and the formulas give the count of the whole layer. Neither counts the quantizing of weights and
+activations. The time of the observation has all of it; the time of the definition is that of its block passes alone.
+Writes `benchmarks/results/sensitivity.json`.
 
     python benchmarks/sensitivity.py
     python benchmarks/sensitivity.py --experts 60    # the whole layer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mxmoe.calib.stats import BANK_MEAN, BankStats, Stats
+from mxmoe.calib.stats import BANK_MEAN, BankStats, Norm, Stats
 
 if TYPE_CHECKING:
     from mxmoe.calib.inputs import Batch, Inputs
@@ -35,6 +35,7 @@ __all__ = [
     "Expert",
     "ExpertError",
     "Inputs",
+    "Norm",
     "Reduction",
     "Stats",
     "byte_windows",
