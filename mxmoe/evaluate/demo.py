@@ -18,7 +18,7 @@ from mxmoe.calib import Stats, byte_windows, observe
 from mxmoe.compiled import Compilation
 from mxmoe.compiler import compile
 from mxmoe.device import device
-from mxmoe.errors import BadDemoFolder
+from mxmoe.errors import BadArgument, BadDemoFolder
 from mxmoe.evaluate.bit_map import bit_map
 from mxmoe.evaluate.perplexity import perplexity
 from mxmoe.evaluate.tiny import TinyMoe, load_tiny
@@ -129,9 +129,12 @@ def run_demo(
         quiet: no progress bars.
 
     Raises:
-        BadDemoFolder: the folder cannot be written; found before any work.
+        BadArgument, TextTooShort: less than 1 KiB to measure on, more windows than there are, or none.
+        BadDemoFolder: the folder cannot be written. All of these are found before any work.
         MissingTinyModel, BrokenTinyModel: the shipped model is not whole.
     """
+    if held_out_kib < 1:
+        raise BadArgument(name="held_out_kib", value=held_out_kib, reason="there is nothing to measure on below 1")
     out = _writable(Path(folder))
     tiny = tiny or load_tiny()
     text = spread(tiny.held_out, 1024 * held_out_kib)
