@@ -5,8 +5,8 @@ Allocates a model of DeepSeek-V3's size; the marks are 1 s with a proved gap und
 with the tail of real sensitivities: most rows within a factor of four, one in fifty up to a hundred times above. Costs
 are those of an RTX 4090 roofline for a skewed routing of 4,096 tokens. Each question is asked for five draws of the
 losses; the slowest draw and the widest gap count. Of three repeats the fastest counts, so that a busy machine matters
-less; processor time is given beside wall time. HiGHS answers for 4,392 rows. Writes `benchmarks/results/solver.json` and
-`solver.csv`.
+less; processor time is given beside wall time. HiGHS answers for 4,392 rows. Writes `benchmarks/results/solver.json`
+and `solver.csv`.
 
     python benchmarks/solver.py
 """

@@ -43,14 +43,17 @@ class _States:
     """[state] scheme chosen in this step."""
 
 
-def open_cells(value: Floats, resources: Floats, caps: Floats, multipliers: Floats, choice: Ints) -> NDArray[np.bool_]:
+def open_cells(
+    value: Floats, resources: Floats, caps: Floats, multipliers: Floats, choice: Ints
+) -> tuple[NDArray[np.bool_], float]:
     """
-    Find the cells that a plan better than `choice` may hold: [group, scheme], the chosen ones included.
+    Find the cells that a plan better than `choice` may hold: [group, scheme], the chosen ones included; and the bound.
 
     A cell whose reduced cost exceeds the distance between the plan and its bound is in no better plan (Dembo and
     Hammer 1980). Shapes as in `search_core`.
     """
-    return _open(*_regret(value, resources, caps, multipliers, choice), choice)
+    regret, window = _regret(value, resources, caps, multipliers, choice)
+    return _open(regret, window, choice), float(value[np.arange(choice.size), choice].sum()) - window
 
 
 def _open(regret: Floats, window: float, choice: Ints) -> NDArray[np.bool_]:

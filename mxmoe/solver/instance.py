@@ -18,7 +18,7 @@ Weights = tuple[float, float]
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """The sums over the rows of each group; hashed by identity, so that solvers can keep what they derive from one."""
+    """The sums over the rows of each group, which all budgets share."""
 
     loss: Floats
     """[group, scheme], 0 where impossible."""
@@ -135,8 +135,9 @@ class Instance:
         """Price the cells of a linear objective: [group, scheme], inf where impossible."""
         total = weights[0] * self.tables.loss
         if weights[1] and self.tables.cost is not None:
-            total = total + weights[1] * self.tables.cost
-        return np.where(self.tables.possible, total, np.inf)
+            total += weights[1] * self.tables.cost
+        total[~self.tables.possible] = np.inf
+        return total
 
     def measure(self, choice: Ints) -> Point:
         """Add up a plan."""
@@ -153,8 +154,8 @@ class Instance:
         """Whether a plan is possible in every cell and meets every limit."""
         if not self.tables.possible[np.arange(choice.size), choice].all():
             return False
-        point = self.measure(choice)
-        used = {"storage": point.storage, "latency": point.latency_us}
+        rows = np.arange(choice.size)
+        used = {name: float(self.tables.resource(name)[rows, choice].sum()) for name in self.caps}
         # The other half of the slack is for the order in which solvers sum.
         return all(used[name] <= cap * (1 + SLACK / 4) for name, cap in self.caps.items())
 
@@ -165,7 +166,11 @@ class Instance:
 
 def best_uniform(instance: Instance) -> Ints | None:
     """Find the best plan that gives every group the same scheme, or None when no such plan meets the limits."""
-    groups = instance.tables.shape[0]
-    plans = (np.full(groups, scheme, dtype=np.int64) for scheme in np.flatnonzero(instance.tables.possible.all(axis=0)))
-    feasible = [plan for plan in plans if instance.is_feasible(plan)]
-    return min(feasible, key=instance.value, default=None)
+    tables, objective = instance.tables, Objective(instance.r)
+    fits = np.all(tables.possible, axis=0).reshape(-1)
+    for name, cap in instance.caps.items():
+        fits &= tables.resource(name).sum(axis=0) <= cap
+    loss, time = tables.loss.sum(axis=0), np.zeros(fits.size) if tables.cost is None else tables.cost.sum(axis=0)
+    value = [objective.value(float(loss[s]), float(time[s])) if fits[s] else np.inf for s in range(fits.size)]
+    best = int(np.argmin(value))
+    return np.full(tables.shape[0], best, dtype=np.int64) if fits[best] else None

@@ -13,6 +13,7 @@ from mxmoe.solver.core import open_cells, search_core
 from mxmoe.solver.dual import best_multipliers, relax
 from mxmoe.solver.instance import Answer, Instance, Weights, best_uniform
 from mxmoe.solver.problem import Floats, Ints
+from mxmoe.solver.product import minimise_product, tangent
 from mxmoe.solver.repair import improve, repair
 from mxmoe.solver.staircase import Staircase, bracket
 
@@ -34,11 +35,12 @@ class Lagrangian(LinearSolver):
         BadSolverOption: `core` or `states` below 1.
     """
 
-    core: int = 24
+    core: int = 48
     """Most groups to choose anew all at once in the last step."""
-    states: int = 1024
+    states: int = 512
     """Most partial plans kept in the last step."""
     _guess: dict[str, float] = field(default_factory=dict[str, float], init=False, repr=False, compare=False)
+    """Multipliers by limit, and the slope of the product: where the next, similar question is likely answered."""
 
     name: ClassVar[str] = "lagrangian"
     exact: ClassVar[bool] = False
@@ -48,6 +50,16 @@ class Lagrangian(LinearSolver):
         for option in ("core", "states"):
             if getattr(self, option) < 1:
                 raise BadSolverOption(solver=self.name, reason=f"{option}={getattr(self, option)} should be at least 1")
+
+    def solve(self, instance: Instance) -> Answer | None:
+        """Solve for any objective; see `minimise_product` for the product."""
+        if instance.weights is not None:
+            return self.minimise(instance, instance.weights)
+        guess = self._guess.get("slope", 0.0)
+        answer = minimise_product(instance, lambda weights: self.minimise(instance, weights), guess)
+        if answer is not None:
+            self._guess["slope"] = tangent(instance, answer.choice)
+        return answer
 
     def minimise(self, instance: Instance, weights: Weights) -> Answer | None:
         """Minimise a weighted sum of loss and time; see `LinearSolver`."""
@@ -115,8 +127,7 @@ class Lagrangian(LinearSolver):
     def _finish(self, instance: Instance, value: Floats, names: list[str], multipliers: Floats, plan: Ints) -> Answer:
         """Improve a plan, search the core around it, and say what is proved; only open groups are looked at."""
         resources, caps = _limits(instance, names)
-        bound = relax(value, resources, caps, multipliers)[0]
-        alive = open_cells(value, resources, caps, multipliers, plan)
+        alive, bound = open_cells(value, resources, caps, multipliers, plan)
         few = np.flatnonzero(alive.sum(axis=1) > 1)
         rest = np.delete(np.arange(plan.size), few)
         left = caps - resources[:, rest, plan[rest]].sum(axis=1)

@@ -57,7 +57,7 @@ class _Front:
         return found[inside], np.stack([first, second], axis=1)[inside]
 
 
-def minimise_product(instance: Instance, minimise: Minimise) -> Answer | None:
+def minimise_product(instance: Instance, minimise: Minimise, guess: float = 0.0) -> Answer | None:
     """
     Minimise loss^r * time^(1-r), 0 < r < 1, by a sweep of weighted sums.
 
@@ -70,9 +70,10 @@ def minimise_product(instance: Instance, minimise: Minimise) -> Answer | None:
     What this guarantees: with a solver whose sums are exact the plan is optimal (gap below 1e-9). With a relaxation,
     a limit that binds makes the lines those of the relaxed hull: the bound stays proved, and the gap says what the
     plan could lose at most. Without limits the relaxation is exact. Should 96 sums not close the gap, it is reported.
+    `guess` is the `tangent` at the answer to a similar question, if one is known.
     """
     front = _Front(instance)
-    for weights in ((1.0, 0.0), (0.0, 1.0)):
+    for weights in ((1.0, 0.0), (0.0, 1.0), (guess, 1.0))[: 3 if 0 < guess < np.inf else 2]:
         answer = minimise(weights)
         if answer is None:
             return None
@@ -105,6 +106,12 @@ def minimise_product(instance: Instance, minimise: Minimise) -> Answer | None:
         front.add(weights, answer)
 
 
+def tangent(instance: Instance, choice: Ints) -> float:
+    """Give the weight of the loss, that of time being 1, at which the objective is constant around a plan."""
+    point = instance.measure(choice)
+    return _ratio(instance.r * point.latency_us, (1 - instance.r) * point.loss)
+
+
 def _key(lines: Ints) -> tuple[int, int]:
     return int(lines[0]), int(lines[1])
 
@@ -121,7 +128,8 @@ def _next_weights(front: _Front, best: int, corner: Floats, lines: Ints) -> Weig
     a, b = (front.points[line] for line in lines)
     point, r = front.points[best], front.instance.r
     chord = _ratio(a.latency_us - b.latency_us, b.loss - a.loss)
-    slopes = [_ratio(r * point.latency_us, (1 - r) * point.loss), _ratio(r * corner[1], (1 - r) * corner[0]), chord]
+    tangents = (_ratio(r * time, (1 - r) * loss) for loss, time in (point[:2], corner))
+    slopes = [*tangents, chord]
     if np.isfinite(high):
         slopes.append(np.sqrt(low * high) if low > 0 else high / 16)
     else:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxmoe.solver.core import open_cells, search_core
+from mxmoe.solver.dual import relax
 
 
 def _case(seed: int, limits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -55,7 +56,8 @@ def test_with_less_open_nothing_is_lost_or_claimed(seed: int, limits: int, group
 @given(SEEDS, LIMITS)
 def test_closed_cells_are_in_no_better_plan(seed: int, limits: int) -> None:
     value, resources, caps, multipliers, plan = _case(seed, limits)
-    alive, rows = open_cells(value, resources, caps, multipliers, plan), np.arange(6)
+    (alive, bound), rows = open_cells(value, resources, caps, multipliers, plan), np.arange(6)
+    assert bound == pytest.approx(relax(value, resources, caps, multipliers)[0], rel=1e-9)
     assert alive[rows, plan].all()
     for other in itertools.product(range(3), repeat=6):
         within = (resources[:, rows, other].sum(axis=1) <= caps).all()
