@@ -32,7 +32,7 @@ def main() -> None:
     module = at_stage([BlockShape("mlp", 256, (bank,))], "annotated", [Scheme(8, 8, act_format="int"), Scheme(4)])
     with registered(PASSES, "protect-busiest", ProtectBusiest):
         run_passes(module, parse_passes("protect-busiest{experts=2},allocate-bits{weight-bits=6}"), Environment())
-    print(*plan_of(module).rows.items(), sep="\n")
+    print(plan_of(module).to_json())
     check_pass(ProtectBusiest(), "annotated")
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from mxmoe.backends.eager import EagerBackend
-from mxmoe.errors import PassDisagrees
+from mxmoe.errors import MxmoeError, PassDisagrees
 from mxmoe.ir import ModuleOp, Stage, banks, moe_ops, parse_ir, print_ir
 from mxmoe.passes import Environment, Pass, VerifyEach, run_passes
 from mxmoe.testing.agree import relative_error, schemes_of
@@ -27,7 +27,7 @@ def check_pass(step: Pass, stage: Stage, environment: Environment | None = None,
     """
 
     @given(cases(stage))
-    @settings(max_examples=examples, deadline=None, suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large))
+    @settings(max_examples=examples, deadline=None)
     def holds(case: Case) -> None:
         check_pass_on(step, case, environment)
 
@@ -43,7 +43,7 @@ def check_pass_on(step: Pass, case: Case, environment: Environment | None = None
 
     Raises:
         PassFailed: the module does not verify afterwards.
-        PassDisagrees: the text does not parse back, or the block computes something else.
+        PassDisagrees: the text does not parse back, or the block does not run or computes something else.
     """
     text = print_ir(case.module, elide=None)
     module = run_passes(parse_ir(text), (step,), environment or Environment(), (VerifyEach(),))
@@ -60,7 +60,11 @@ def _choices(module: ModuleOp) -> dict[tuple[str, str], object]:
 
 
 def _compare(step: Pass, case: Case, module: ModuleOp) -> None:
-    before, after = (EagerBackend().compile(one, case.weights) for one in (case.module, module))
+    before = EagerBackend().compile(case.module, case.weights)
+    try:
+        after = EagerBackend().compile(module, case.weights)
+    except MxmoeError as error:
+        raise PassDisagrees(name=step, what=f"leaves a module that no longer runs: {error}") from error
     for block, bank in _choices(module):
         routed = case.routings[bank]
         args = (bank, case.hidden, routed.index, routed.weights)
