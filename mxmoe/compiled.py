@@ -82,6 +82,7 @@ class CompiledMoE(nn.Module):
         super().__init__()
         self.block = block
         self.compilation = compilation
+        self.training = block.training
         self.__signature__ = inspect.signature(block.forward)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the block's own signature

@@ -161,7 +161,8 @@ def _read_tensors(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
         raise BrokenCheckpoint(what=path, reason="its header does not match the SHA-256 in the manifest")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+            # cloned out of the mapped file: aligned as torch aligns, or its matrix products may differ in the last bit
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  # not a mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise BrokenCheckpoint(what=path, reason=f"it cannot be read ({error})") from error
     for key, digest in manifest["tensors"].items():
