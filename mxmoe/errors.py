@@ -323,8 +323,8 @@ class InfeasibleTogether(MxmoeError):
     """Limits that can be met one at a time and not at once."""
 
     message = (
-        "found no plan with {first} <= {first_value:.12g} and {second} <= {second_value:.12g} at once; at this {first} the"
-        " smallest {second} is {second_smallest:.12g}, at this {second} the smallest {first} is {first_smallest:.12g}"
+        "found no plan with {first} <= {first_value:.12g} and {second} <= {second_value:.12g} at once; at this {first}"
+        " the smallest {second} is {second_smallest:.12g}, at this {second} the smallest {first} is {first_smallest:.12g}"
     )
 
 
