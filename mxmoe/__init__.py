@@ -55,3 +55,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401  # whatever the public name s
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'mxmoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

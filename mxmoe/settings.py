@@ -16,8 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mxmoe.errors import BadSetting
-from mxmoe.passes.observers import Dump, Log, LogTables, PrintAfterAll
-from mxmoe.passes.pipeline import Observer
+from mxmoe.passes import Dump, Log, LogTables, Observer, PrintAfterAll
 
 
 def observers(environ: Mapping[str, str] = os.environ) -> tuple[Observer, ...]:

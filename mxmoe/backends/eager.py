@@ -30,8 +30,7 @@ from mxmoe.ir import (
     banks,
     moe_ops,
 )
-from mxmoe.quant import Packed, Quantized, matmul, pack
-from mxmoe.quant.acts import apply_act
+from mxmoe.quant import Packed, Quantized, apply_act, matmul, pack
 from mxmoe.target import WeightSource
 
 

@@ -24,8 +24,7 @@ from mxmoe.evaluate.perplexity import perplexity
 from mxmoe.evaluate.tiny import TinyMoe, load_tiny
 from mxmoe.frontend import lift
 from mxmoe.ir import parse_ir
-from mxmoe.report import BitMap, Column, Point, csv_table, draw_overview, save_figure, text_table
-from mxmoe.report.table import Cell
+from mxmoe.report import BitMap, Cell, Column, Point, csv_table, draw_overview, save_figure, text_table
 
 UNIFORM = (
     "w8a8_sym",

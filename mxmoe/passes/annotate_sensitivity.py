@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from mxmoe.calib.stats import Norm
+from mxmoe.calib import Norm
 from mxmoe.errors import BadOption
 from mxmoe.ir import ModuleOp, Table, banks
 from mxmoe.passes.base import EARLIER, Environment, Pass, advance

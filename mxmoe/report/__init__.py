@@ -2,10 +2,11 @@
 
 from mxmoe.report.figure import save_figure
 from mxmoe.report.picture import BitMap, Point, draw_bit_map, draw_frontier, draw_loss_curve, draw_overview
-from mxmoe.report.table import Column, csv_table, text_table
+from mxmoe.report.table import Cell, Column, csv_table, text_table
 
 __all__ = [
     "BitMap",
+    "Cell",
     "Column",
     "Point",
     "csv_table",

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from mxmoe.ir import BlockShape, LinearOp, ModuleOp, Scheme, Stage, Table, banks, build_module, moe_ops
-from mxmoe.passes import Environment
-from mxmoe.passes.lower_to_group_gemm import LowerToGroupGemm
+from mxmoe.passes import Environment, LowerToGroupGemm
 from mxmoe.quant import Weights
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mxmoe.errors import HypothesisMissing
 from mxmoe.ir import BankShape, BlockShape, ModuleOp, Scheme, Stage, Table, banks, moe_ops, print_ir
-from mxmoe.quant import Weights
-from mxmoe.quant.acts import ACT_PARAMS, ACTS
+from mxmoe.quant import ACT_PARAMS, ACTS, Weights
 from mxmoe.testing.blocks import Routed, at_stage, random_weights
 
 try:

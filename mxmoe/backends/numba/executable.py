@@ -20,8 +20,7 @@ from mxmoe.backends.numba.tiles import tile_list
 from mxmoe.backends.routing import Routing, check_call, sort_assignments
 from mxmoe.errors import NoSuchBank, WrongDevice
 from mxmoe.ir import Scheme, Tile
-from mxmoe.quant import Packed, quantize_activation
-from mxmoe.quant.acts import apply_act
+from mxmoe.quant import Packed, apply_act, quantize_activation
 
 MAX_ROWS = 16384
 """Assignments that are run at once; more tokens are run in turns, which bounds the memory between the GEMMs."""
