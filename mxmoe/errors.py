@@ -324,7 +324,8 @@ class InfeasibleTogether(MxmoeError):
 
     message = (
         "found no plan with {first} <= {first_value:.12g} and {second} <= {second_value:.12g} at once; at this {first}"
-        " the smallest {second} is {second_smallest:.12g}, at this {second} the smallest {first} is {first_smallest:.12g}"
+        " the smallest {second} is {second_smallest:.12g}, at this {second} the smallest {first} is"
+        " {first_smallest:.12g}"
     )
 
 
