@@ -35,36 +35,10 @@ from mxmoe.errors import (
 from mxmoe.ir import Plan
 from mxmoe.quant import tolerance
 
-CONFIG: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 32,
-    "max_position_embeddings": 64,
-}
+from .blocks import CONFIG, qwen_block, qwen_model, seeded
+
 SCHEMES = ("w3a16_g32_asym", "w8a8_sym", "bf16")
 IDS = torch.arange(12).reshape(2, 6)
-
-
-def seeded(module: nn.Module) -> Any:  # noqa: ANN401  # tests reach for attributes that torch types as modules
-    torch.manual_seed(0)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return module.eval()
-
-
-def qwen_block() -> Any:  # noqa: ANN401  # as above
-    return seeded(Qwen2MoeSparseMoeBlock(Qwen2MoeConfig(**CONFIG)))
-
-
-def qwen_model(**more: Any) -> Any:  # noqa: ANN401  # as above
-    return seeded(Qwen2MoeForCausalLM(Qwen2MoeConfig(**CONFIG, **more)))
 
 
 def mixed(module: nn.Module, target: str = "eager") -> Any:  # noqa: ANN401  # as above

@@ -1,0 +1,1 @@
+"""Compiling, and what it gives: the tests share their blocks."""
