@@ -8,18 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
+from hypothesis.vendor.pretty import RepresentationPrinter, for_type_by_name
 from torch import Tensor
 
-from mxmoe.errors import HypothesisMissing
 from mxmoe.ir import BankShape, BlockShape, ModuleOp, Scheme, Stage, Table, banks, moe_ops, print_ir
 from mxmoe.quant import ACT_PARAMS, ACTS, Weights
 from mxmoe.testing.blocks import Routed, at_stage, random_weights
 
-try:
-    from hypothesis import strategies as st
-    from hypothesis.vendor.pretty import RepresentationPrinter, for_type_by_name
-except ImportError as error:
-    raise HypothesisMissing from error
 
 def _pretty_module(module: ModuleOp, printer: RepresentationPrinter, cycle: bool) -> None:
     del cycle
