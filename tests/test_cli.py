@@ -246,7 +246,7 @@ class TestShow:
     def test_a_plan_and_its_picture(self, capsys: pytest.CaptureFixture[str], plan: Path) -> None:
         capsys.readouterr()
         assert main(["show", str(plan), "-o", str(plan.with_suffix(".png"))]) == 0
-        assert "24 rows in 1 blocks" in capsys.readouterr().out
+        assert "24 rows in 1 block:" in capsys.readouterr().out
         assert plan.with_suffix(".png").read_bytes().startswith(PNG)
 
     def test_no_picture_without_choices(self, capsys: pytest.CaptureFixture[str], annotated: Path) -> None:

@@ -50,7 +50,7 @@ def describe_module(module: ModuleOp) -> str:
 def describe_plan(plan: Plan) -> str:
     """Say of a plan: what it was solved for, what it reached, and how many rows have each scheme."""
     blocks = len({row.block for row in plan.rows})
-    lines = [f"{len(plan.rows)} rows in {blocks} blocks: {_counts(plan.histogram())}"]
+    lines = [f"{len(plan.rows)} rows in {blocks} block{'s' * (blocks != 1)}: {_counts(plan.histogram())}"]
     if plan.allocation is None:
         return "\n".join([*lines, "written by hand, not solved"])
     return "\n".join([*lines, _describe_allocation(plan.allocation)])
@@ -63,7 +63,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
     experts = sum(tensor.nbytes for key, tensor in checkpoint.tensors.items() if not key.startswith("rest/"))
     plan = Plan.from_json(checkpoint.texts["plan.json"])
     lines = [
-        f"{about.get('class') or 'a module that is no transformers class'}, compiled for {about['target']}",
+        f"{about.get('class') or 'a module whose class was not recorded'}, compiled for {about['target']}",
         f"{len(checkpoint.tensors)} tensors, {n_bytes:,} bytes, of which {experts:,} are packed experts",
         f"files: {', '.join(sorted(checkpoint.texts))}",
         describe_plan(plan),
