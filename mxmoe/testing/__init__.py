@@ -8,7 +8,7 @@ For those who write backends, passes and quantizers: strategies that draw what c
 Needs hypothesis (the `test` extra), and is the only package of ours that imports it.
 """
 
-import mxmoe.testing.extra  # noqa: F401  # before all that import hypothesis themselves
+import mxmoe.testing.extra  # noqa: F401  # pyright: ignore[reportUnusedImport]  # must come before hypothesis
 from mxmoe.testing.agree import assert_backends_agree
 from mxmoe.testing.blocks import Routed, at_stage, random_weights
 from mxmoe.testing.check_pass import check_pass, check_pass_on
