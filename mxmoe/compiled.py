@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mxmoe.checkpoint import Checkpoint, Origin, read_checkpoint, write_checkpoint
-from mxmoe.errors import NeedsBlock, NoSuchStage, NotCompiled, NotSavedHere, StructureMismatch
+from mxmoe.errors import NeedsBlock, NoSuchStage, NotCompiled, NotSavedHere, StructureMismatch, UnsupportedScheme
 from mxmoe.frontend import BankRun, Lifted, LiftedBlock, lift, replace_banks
 from mxmoe.ir import GroupGemmOp, ModuleOp, Plan, Scheme, banks, moe_ops, parse_ir
 from mxmoe.quant import Packed, PackedWeights
@@ -219,6 +219,7 @@ def load(folder: str | os.PathLike[str], block: nn.Module | None = None, *, targ
         UnknownName, NoKernels: a target that is not there, or cannot run here.
         NoCheckpoint, BrokenCheckpoint: not a checkpoint, or something in it was changed or lost.
         NeedsBlock: the class cannot be built from what was saved.
+        UnsupportedScheme: a scheme that the target cannot run.
         StructureMismatch: `block` has another structure.
     """
     goal = None if target is None else find_target(target)
@@ -231,6 +232,7 @@ def load(folder: str | os.PathLike[str], block: nn.Module | None = None, *, targ
     lifted = lifted_in(lift(copy_modules(root, is_meta=True)), root)
     _check_structure(parse_ir(stored.texts["lifted.mlir"]), lifted.module)
     module = parse_ir(stored.texts["lowered.mlir"])
+    _check_schemes(module, goal, backend)
     executables = backend.compile(module, _packed_weights(module, stored.tensors))
     report = CompileReport.from_dict(stored.about["report"])
     held = sum(executable.nbytes for executable in executables.values())
@@ -297,6 +299,16 @@ def _check_structure(wanted: ModuleOp, given: ModuleOp) -> None:
         if ours.get(block) != theirs.get(block):
             reason = f"{block} is {theirs.get(block, 'missing')}, it was {ours.get(block, 'missing')}"
             raise StructureMismatch(reason=reason)
+
+
+def _check_schemes(module: ModuleOp, target: Target, backend: Backend) -> None:
+    """Raise UnsupportedScheme unless the backend runs everything that was chosen."""
+    for block, gemm, schemes in _gemms(module):
+        for expert, scheme in enumerate(schemes):
+            if not backend.supports(scheme):
+                known = ", ".join(text for text in target.candidates if backend.supports(Scheme.parse(text)))
+                where = {"block": block, "expert": expert, "weight": gemm.weights[0]}
+                raise UnsupportedScheme(backend=target.name, scheme=scheme, known=known, **where)
 
 
 def _sizes(module: ModuleOp) -> dict[str, str]:

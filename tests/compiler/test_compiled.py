@@ -18,6 +18,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeSparseMoeBlock
 
 import mxmoe
+from mxmoe.backends.numba import NumbaBackend
 from mxmoe.checkpoint import read_checkpoint
 from mxmoe.compiled import CompiledMoE, copy_modules
 from mxmoe.errors import (
@@ -31,6 +32,7 @@ from mxmoe.errors import (
     NotSavedHere,
     StructureMismatch,
     UnknownName,
+    UnsupportedScheme,
 )
 from mxmoe.ir import Plan
 from mxmoe.quant import tolerance
@@ -279,6 +281,14 @@ def test_targets_that_are_not_there(saved: tuple[Path, Any]) -> None:
         mxmoe.load(folder, target="eagr")
     with pytest.raises(NoKernels):
         mxmoe.load(folder, target="triton-sm90")
+
+
+def test_a_target_that_cannot_run_what_was_chosen(saved: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = saved
+    monkeypatch.setattr(NumbaBackend, "supports", lambda _, scheme: scheme.act_bits == 16)
+    message = r"numba cannot run w8a8_sym, which moe chose for expert \d of moe\..*it runs w2a16_g128_asym"
+    with pytest.raises(UnsupportedScheme, match=message):
+        mxmoe.load(folder, target="numba")
 
 
 def test_only_what_was_compiled_is_saved(tmp_path: Path) -> None:
