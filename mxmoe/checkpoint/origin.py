@@ -39,7 +39,7 @@ class Origin:
         return cls(
             cls=f"{kind.__module__}:{kind.__qualname__}",
             config_cls=f"{type(config).__module__}:{type(config).__qualname__}",
-            config=json.loads(config.to_json_string(use_diff=False)),
+            config=_plain(json.loads(config.to_json_string(use_diff=False))),
             attention=getattr(config, "_attn_implementation", None),
         )
 
@@ -59,8 +59,19 @@ class Origin:
                 config._attn_implementation = self.attention
             with torch.device("meta"):
                 return kind(config)
-        except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # classes of another library may raise anything; we say what to do instead
             raise NeedsBlock(cls=self.cls, reason=f"{type(error).__name__}: {error}") from error
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401  # any value of JSON
+    """Undo how transformers writes floats that JSON lacks, {"__float__": "Infinity"}: `from_dict` does not."""
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return {key: _plain(one) for key, one in value.items()}
 
 
 def _find(path: str) -> Any:  # noqa: ANN401  # a class

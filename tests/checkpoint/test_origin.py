@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 from torch import nn
@@ -35,6 +36,15 @@ def test_a_module_is_built_again_without_values(kind: type[nn.Module]) -> None:
     assert {name: p.shape for name, p in again.named_parameters()} == {n: p.shape for n, p in module.named_parameters()}
     assert all(parameter.is_meta for parameter in again.parameters())
     assert Origin.of(again) == origin
+
+
+def test_configs_with_numbers_that_json_lacks() -> None:
+    config = Qwen2MoeConfig(**{**CONFIG.to_dict(), "initializer_range": float("inf"), "limits": [0.0, float("-inf")]})
+    origin = Origin.of(Qwen2MoeExperts(config))
+    assert origin is not None
+    again = Origin(**json.loads(json.dumps(asdict(origin))))
+    assert again.build().config.initializer_range == float("inf")
+    assert again.build().config.limits == [0.0, float("-inf")]
 
 
 def test_modules_without_an_origin() -> None:
