@@ -441,15 +441,17 @@ class BackendsDisagree(MxmoeError):
     """Two backends gave outputs further apart than the scheme allows."""
 
     message = (
-        "{block} bank {bank}: {left} and {right} differ by {error:.3g}, more than {allowed:.3g}, relative to the output;"
-        " first at {where}"
+        "{block} bank {bank}: {left} and {right} differ by {error:.3g}, more than {allowed:.3g}, relative to the"
+        " output; first at {where}"
     )
 
 
 class WrongDevice(MxmoeError):
     """Tensors on a device that the backend cannot read."""
 
-    message = "{backend} runs on the CPU and {block} was given tensors on {device}; move them, or compile for that device"
+    message = (
+        "{backend} runs on the CPU and {block} was given tensors on {device}; move them, or compile for that device"
+    )
 
 
 # Calibration
