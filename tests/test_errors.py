@@ -12,7 +12,7 @@ import pytest
 from mxmoe import errors
 from mxmoe.errors import MxmoeError
 
-PACKAGE = Path(errors.__file__).parent
+PACKAGE = Path(errors.__file__).parent.parent
 CLASSES = {
     name: value
     for name, value in vars(errors).items()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -66,11 +64,11 @@ def test_attributes_that_are_not_ours_survive(data: st.DataObject) -> None:
     assert linears(again)[0].attributes["note"] == StringAttr(value)
 
 
-def test_lifted_text(golden: Any) -> None:
+def test_lifted_text(golden: object) -> None:
     assert golden == print_ir(small())
 
 
-def test_elided_text(golden: Any) -> None:
+def test_elided_text(golden: object) -> None:
     module = small(experts=8)
     for moe in moe_ops(module):
         moe.stage = "annotated"
