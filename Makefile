@@ -4,6 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
+# torch's and numba's threads would otherwise spin against each other for the cores
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test lint types docs-run setup clean
 
 demo: $(READY)

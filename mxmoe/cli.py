@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # torch, xDSL and matplotlib are for the commands that want t
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
+    # torch's and numba's threads would spin against each other for the cores; read once, when torch loads
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         parser, commands = _parsers()

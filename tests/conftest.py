@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-import pytest
-import torch
+# two pytest workers on two cores: a second thread of torch waits at every barrier for a core that is busy; set before
+# torch loads, and inherited by what tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# two pytest workers on two cores: a second torch thread in each waits at every barrier for a core that is busy
-torch.set_num_threads(1)
+import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
 

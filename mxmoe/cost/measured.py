@@ -125,13 +125,18 @@ class Measured:
         if source is None:
             return self.roofline.tile_us(scheme, tile, k, rows)
         near = min(self.profile.rows[source], key=lambda other: _distance(tile, other))
-        us = self._measured_us(self.profile.rows[source][near], k, _row_tiles(rows, tile))
+        time, row_tiles = self.profile.rows[source][near], _row_tiles(rows, tile)
         if (source, near) == (_plain(scheme), tile):
-            return us
-        # rows of the nearest tile such that both have the same number of row tiles
-        same = None if rows is None else float(_row_tiles(rows, tile) * near.m)
-        us *= self.roofline.tile_us(scheme, tile, k, rows) / self.roofline.tile_us(source, near, k, same)
-        return max(us, *self.roofline.peak_us(scheme, tile, k, rows))
+            return self._measured_us(time, k, row_tiles)
+
+        def ratio(row_tiles: int) -> float:
+            mine = self.roofline.tile_us(scheme, tile, k, row_tiles * tile.m)
+            return mine / self.roofline.tile_us(source, near, k, row_tiles * near.m)
+
+        # each figure at its own end: a ratio at the rows asked for could fall faster than the rows rise
+        reuse = None if time.reuse_us is None else time.reuse_us * ratio(_MANY)
+        scaled = self._measured_us(TileTime(time.stream_us * ratio(1), reuse), k, row_tiles)
+        return max(scaled, *self.roofline.peak_us(scheme, tile, k, rows))
 
     def provenance(self, scheme: Scheme, k: int | None = None) -> str:
         """See `CostModel.provenance`."""
@@ -154,6 +159,10 @@ class Measured:
             return plain
         kin = [other for other in self.profile.rows if unit_of(other) == unit_of(plain)]
         return min(kin, key=lambda other: (_strangeness(plain, other), str(other)), default=None)
+
+
+_MANY = 1_000_000
+"""Row tiles after which the bytes of the weights no longer count."""
 
 
 @functools.cache
