@@ -4,11 +4,10 @@ from xdsl.dialects.builtin import ModuleOp
 
 from mxmoe.ir.attrs import RoutingType, SchemeAttr, TableAttr, TileAttr
 from mxmoe.ir.build import Bank, BankShape, BlockShape, banks, build_module, linears, moe_ops
+from mxmoe.ir.chains import BANKS, ROLES
 from mxmoe.ir.graph import critical_path, op_graph
 from mxmoe.ir.ops import (
-    BANKS,
     MXMOE,
-    ROLES,
     ActOp,
     CombineOp,
     GroupGemmOp,

@@ -23,6 +23,13 @@ class ReadingPrinter(Printer):
 
     elide: int | None = None
 
+    def print_string_literal(self, string: str) -> None:
+        """Write text as it is where nothing needs an escape: xDSL escapes all but ASCII, which nobody can read."""
+        if string.isprintable() and not set(string) & {'"', "\\"}:
+            self.print_string(f'"{string}"')
+        else:
+            super().print_string_literal(string)
+
 
 def _word(parser: AttrParser) -> str:
     return parser.parse_identifier(" expected, a scheme or a tile")

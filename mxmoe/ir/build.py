@@ -24,7 +24,8 @@ from xdsl.ir import Block, Operation, Region, SSAValue
 
 from mxmoe.errors import BadShape
 from mxmoe.ir.attrs import RoutingType, SchemeAttr
-from mxmoe.ir.ops import BANKS, ROLES, ActOp, CombineOp, GroupGemmOp, LinearOp, MoeOp, RouteOp, YieldOp
+from mxmoe.ir.chains import BANKS, ROLES
+from mxmoe.ir.ops import ActOp, CombineOp, GroupGemmOp, LinearOp, MoeOp, RouteOp, YieldOp
 from mxmoe.ir.scheme import Scheme
 
 _ELEMENTS = {"bf16": BFloat16Type(), "fp16": Float16Type(), "fp32": Float32Type()}
@@ -85,6 +86,8 @@ class BlockShape:
                 what=f"block {self.name!r}",
                 reason=f"{self.dtype} tokens of width {self.hidden} through {len(self.banks)} banks",
             )
+        if len({bank.name for bank in self.banks}) != len(self.banks):
+            raise BadShape(what=f"block {self.name!r}", reason="two of its banks have one name")
 
 
 @dataclass(frozen=True)
@@ -151,8 +154,14 @@ def build_module(blocks: Sequence[BlockShape], candidates: Sequence[Scheme]) -> 
     Build the lifted module of some blocks; every block gets the same candidates.
 
     Raises:
-        BadShape: a shape that cannot be (BankShape and BlockShape check themselves).
+        BadShape: a shape that cannot be (BankShape and BlockShape check themselves), two blocks of one name, or
+            candidates that repeat or are none.
     """
+    names = [shape.name for shape in blocks]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise BadShape(what=f"block {repeated[0]!r}", reason="another block has this name")
+    if (blocks and not candidates) or len(set(candidates)) != len(candidates):
+        raise BadShape(what=f"candidates [{', '.join(map(str, candidates))}]", reason="give at least one, each once")
     return ModuleOp([_build_block(shape, candidates) for shape in blocks])
 
 

@@ -47,8 +47,9 @@ def parse_int(parser: Parser) -> Attribute:
 
 
 def parse_text(parser: Parser) -> Attribute:
-    """Read a string literal."""
-    return StringAttr(parser.parse_str_literal())
+    """Read a string literal, in any script: xDSL reads escapes beyond ASCII as bytes."""
+    raw = parser.parse_optional_bytes_literal()
+    return StringAttr(parser.parse_str_literal() if raw is None else raw.decode("utf-8", errors="replace"))
 
 
 def parse_dict(parser: Parser) -> Attribute:

@@ -20,8 +20,10 @@ from xdsl.irdl import (
 )
 from xdsl.parser import Parser
 from xdsl.traits import IsTerminator, Pure
+from xdsl.utils.exceptions import VerifyException
 
 from mxmoe.ir.attrs import RoutingType, SchemeAttr, TableAttr, TileAttr
+from mxmoe.ir.chains import verify_chains
 from mxmoe.ir.format import (
     ReadableOp,
     list_of,
@@ -36,9 +38,6 @@ from mxmoe.ir.scheme import Scheme
 from mxmoe.ir.stages import Stage, verify_block
 from mxmoe.ir.table import Table
 from mxmoe.ir.tile import Tile
-
-ROLES = ("gate", "up", "down")
-BANKS = ("routed", "shared")
 
 Readers = dict[str, Callable[[Parser], Attribute]]
 
@@ -344,8 +343,15 @@ class MoeOp(_WithTables):
         return _width(self.body.block.args[0])
 
     def verify_(self) -> None:
-        """Check the block against the rules of its stage."""
-        verify_block(self.stage, self.candidates, self.body.block.ops)
+        """Check the block against the rules of its stage, the chains of its banks, and that its name is its own."""
+        try:
+            verify_block(self.stage, self.candidates, self.body.block.ops)
+            verify_chains(self.body.block)
+        except VerifyException as error:
+            raise VerifyException(f"block {self.block!r}: {error}") from error
+        siblings = self.parent.ops if self.parent else ()
+        if sum(isinstance(op, MoeOp) and op.block == self.block for op in siblings) > 1:
+            raise VerifyException(f"two blocks are named {self.block!r}")
 
 
 MXMOE = Dialect(

@@ -7,15 +7,16 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from xdsl.dialects.builtin import ModuleOp, StringAttr
+from xdsl.dialects.builtin import DictionaryAttr, FloatAttr, ModuleOp, StringAttr, f64
+from xdsl.ir import Attribute
 
-from mxmoe.errors import BadPlan, PlanMismatch
-from mxmoe.ir.build import banks, moe_ops
+from mxmoe.errors import BadPlan, BadScheme, PlanMismatch
+from mxmoe.ir.build import banks, linears, moe_ops
 from mxmoe.ir.scheme import Scheme
 from mxmoe.ir.table import Table
 from mxmoe.ir.text import print_ir
@@ -58,7 +59,7 @@ class Allocation:
     nbytes: float
     """Bytes of codes, scales and zero points."""
     solved_from: str
-    """SHA-256 of the whole text of the annotated module."""
+    """SHA-256 of the whole text of the annotated module, see `fingerprint`."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,16 @@ class Plan:
     def from_json(cls, text: str, *, name: str = "<text>") -> Plan:
         """Read a plan from its JSON form; the inverse of `to_json`."""
         try:
-            document: dict[str, Any] = json.loads(text)
-            if document.get("format") != FORMAT:
-                raise BadPlan(name=name, reason=f"its format is {document.get('format')!r}, not {FORMAT!r}")
+            document: Any = json.loads(text, object_pairs_hook=_distinct)
+            found = document.get("format") if isinstance(document, dict) else None
+            if found != FORMAT:
+                raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
+            if missing := {"allocation", "schemes"} - set(document):
+                raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
             allocation = document["allocation"]
-            rows = dict(_read_rows(document["schemes"]))
-            return cls(rows, Allocation(**allocation) if allocation else None)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BadPlan(name=name, reason=f"{type(error).__name__}: {error}") from error
+            return cls(dict(_read_rows(document["schemes"])), None if allocation is None else _read(allocation))
+        except (ValueError, BadScheme) as error:
+            raise BadPlan(name=name, reason=error) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON form to a file, whole or not at all."""
@@ -119,7 +122,11 @@ class Plan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan from a file."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"), name=str(path))
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BadPlan(name=str(path), reason=f"it is no UTF-8 text ({error.reason})") from error
+        return cls.from_json(text, name=str(path))
 
     def histogram(self) -> dict[Scheme, int]:
         """Count the rows of each scheme, most frequent first."""
@@ -129,11 +136,39 @@ class Plan:
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def _read_rows(blocks: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[Row, Scheme]]:
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dictionary of a JSON object, whose keys may repeat: the last would win in silence."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
+def _read_rows(blocks: Any) -> Iterator[tuple[Row, Scheme]]:  # noqa: ANN401  # whatever the JSON holds
+    if not (isinstance(blocks, dict) and all(isinstance(rows, dict) for rows in blocks.values())):
+        raise ValueError("schemes is no object of blocks, each an object of rows")
     for block, rows in blocks.items():
         for key, scheme in rows.items():
-            bank, role, expert = key.split(".")
+            bank, role, expert = (key.split(".") + [""] * 2)[:3]
+            if key.count(".") != 2 or not expert.isdecimal() or str(int(expert)) != expert:
+                raise ValueError(f"{block!r} has a row {key!r}; write bank.role.expert, e.g. routed.gate.0")
+            if not isinstance(scheme, str):
+                raise ValueError(f"{block!r} {key!r} is {scheme!r}, no scheme")
             yield Row(block, bank, role, int(expert)), Scheme.parse(scheme)
+
+
+def _read(allocation: Any) -> Allocation:  # noqa: ANN401  # whatever the JSON holds
+    """Make an allocation of its parts once their names and types are seen to be right."""
+    kinds = {"str": str, "float": (int, float)}
+    known = {field.name: kinds.get(str(field.type), dict) for field in fields(Allocation)}
+    found = set(allocation) if isinstance(allocation, dict) else set[str]()
+    if odd := sorted(found ^ set(known)):
+        raise ValueError(f"its allocation {'has a strange' if odd[0] in found else 'lacks'} {odd[0]!r}")
+    for name, kind in known.items():
+        if not isinstance(allocation[name], kind):
+            raise ValueError(f"{name} of its allocation is {allocation[name]!r}")
+    return Allocation(**allocation)
 
 
 def rows_of(module: ModuleOp) -> list[Row]:
@@ -148,8 +183,14 @@ def rows_of(module: ModuleOp) -> list[Row]:
 
 
 def fingerprint(module: ModuleOp) -> str:
-    """SHA-256 of the whole text of a module."""
-    return hashlib.sha256(print_ir(module, elide=None).encode()).hexdigest()
+    """SHA-256 of the whole text of a module as annotated: choices made since change nothing."""
+    bare = module.clone()
+    bare.attributes.pop(_ATTRIBUTE, None)
+    for moe in moe_ops(bare):
+        moe.stage = "annotated"
+    for op in linears(bare):
+        op.set_table("choice", None)
+    return hashlib.sha256(print_ir(bare, elide=None).encode()).hexdigest()
 
 
 def plan_of(module: ModuleOp) -> Plan:
@@ -174,7 +215,22 @@ def plan_of(module: ModuleOp) -> Plan:
 def allocation_of(module: ModuleOp) -> Allocation | None:
     """Say how the choices of an allocated or lowered module came about; None where they were written by hand."""
     stored = module.attributes.get(_ATTRIBUTE)
-    return Allocation(**json.loads(stored.data)) if isinstance(stored, StringAttr) else None
+    return Allocation(**_from_attribute(stored)) if isinstance(stored, DictionaryAttr) else None
+
+
+def _to_attribute(value: Mapping[str, Any] | float | str) -> Attribute:
+    """Write numbers, text and names for these as an attribute that a person can read."""
+    if isinstance(value, Mapping):
+        return DictionaryAttr({key: _to_attribute(part) for key, part in value.items()})
+    return StringAttr(value) if isinstance(value, str) else FloatAttr(float(value), f64)
+
+
+def _from_attribute(attribute: Attribute) -> Any:  # noqa: ANN401  # as given to its inverse
+    """Undo `_to_attribute`."""
+    if isinstance(attribute, DictionaryAttr):
+        return {key: _from_attribute(part) for key, part in attribute.data.items()}
+    assert isinstance(attribute, StringAttr | FloatAttr), f"{_ATTRIBUTE} holds {attribute}"
+    return attribute.data if isinstance(attribute, StringAttr) else attribute.value.data
 
 
 def apply_plan(module: ModuleOp, plan: Plan) -> None:
@@ -185,6 +241,9 @@ def apply_plan(module: ModuleOp, plan: Plan) -> None:
         PlanMismatch: rows that the module lacks, rows that the plan lacks, or a scheme that is no candidate; the
             module is left as it was.
     """
+    for moe in moe_ops(module):
+        if moe.stage == "lowered":
+            raise PlanMismatch(reason=f"{moe.block} is lowered already; apply a plan to an earlier stage")
     wanted, given = set(rows_of(module)), set(plan.rows)
     if wanted != given:
         odd = sorted(wanted ^ given)[0]
@@ -203,4 +262,4 @@ def apply_plan(module: ModuleOp, plan: Plan) -> None:
         moe.stage = "allocated"
     module.attributes.pop(_ATTRIBUTE, None)  # of a plan that was applied before
     if plan.allocation:
-        module.attributes[_ATTRIBUTE] = StringAttr(json.dumps(asdict(plan.allocation), sort_keys=True))
+        module.attributes[_ATTRIBUTE] = _to_attribute(asdict(plan.allocation))

@@ -56,13 +56,16 @@ class Scheme:
             raise BadScheme(text=text, reason="it does not follow the grammar")
         weight_bits, act_bits, group, symmetry, suffix = match.groups()
         default = "bf16" if act_bits == "16" else "int"
-        return cls(
-            int(weight_bits),
-            int(act_bits),
-            int(group) if group else None,
-            symmetry != "asym",
-            suffix or default,  # pyright: ignore[reportArgumentType]  # a Literal by the pattern
-        )
+        try:
+            return cls(
+                int(weight_bits),
+                int(act_bits),
+                int(group) if group else None,
+                symmetry != "asym",
+                suffix or default,  # pyright: ignore[reportArgumentType]  # a Literal by the pattern
+            )
+        except BadScheme as error:  # it was spelled from its fields, which may not be what was written
+            raise BadScheme(**{**error.blanks, "text": text}) from None
 
     def __str__(self) -> str:
         return _spell(self)

@@ -66,18 +66,26 @@ def verify_block(stage: str, candidates: tuple[Scheme, ...], ops: Iterable[Opera
     for op in ops:
         kind = op.name.removeprefix("mxmoe.")
         if kind != rule.gemm and kind not in _EVERYWHERE:
-            raise VerifyException(f"{op.name} does not belong in a {stage} block, whose products are mxmoe.{rule.gemm}")
+            wrong = f"{_say(op)} does not belong in a block that is {stage}"
+            raise VerifyException(f"{wrong}, whose products are mxmoe.{rule.gemm}")
         tables = {key: value.data for key, value in op.properties.items() if isinstance(value, TableAttr)}
-        _verify_admitted(stage, rule, kind, frozenset(tables))
+        _verify_admitted(stage, rule, op, frozenset(tables))
         for key, table in tables.items():
             _verify_table(op, key, table, len(candidates))
 
 
-def _verify_admitted(stage: str, rule: Rule, kind: str, present: frozenset[str]) -> None:
+def _verify_admitted(stage: str, rule: Rule, op: Operation, present: frozenset[str]) -> None:
     if extra := present - rule.may:
-        raise VerifyException(f"mxmoe.{kind} carries {', '.join(sorted(extra))}, which a {stage} block does not admit")
-    if missing := rule.must.get(kind, frozenset()) - present:
-        raise VerifyException(f"mxmoe.{kind} lacks {', '.join(sorted(missing))}, which a {stage} block demands")
+        names = ", ".join(sorted(extra))
+        raise VerifyException(f"{_say(op)} carries {names}, which a block that is {stage} does not admit")
+    if missing := rule.must.get(op.name.removeprefix("mxmoe."), frozenset()) - present:
+        names = ", ".join(sorted(missing))
+        raise VerifyException(f"{_say(op)} lacks {names}, which a block that is {stage} demands")
+
+
+def _say(op: Operation) -> str:
+    """Name an op by its role or bank: `mxmoe.linear role="gate"`."""
+    return op.name + "".join(f" {key}={op.properties[key]}" for key in ("role", "bank") if key in op.properties)
 
 
 def _experts(op: Operation) -> int:
@@ -91,11 +99,11 @@ def _verify_table(op: Operation, key: str, table: Table, n_candidates: int) -> N
     wanted = tuple(extents[axis] for axis in _AXES[key])
     if table.axes != _AXES[key] or table.shape != wanted:
         spelled = " x ".join(f"{axis}={extents[axis]}" for axis in _AXES[key])
-        raise VerifyException(f"{key} of {op.name} is table<{table.head()}>, it must be over {spelled}")
+        raise VerifyException(f"{key} of {_say(op)} is table<{table.head()}>, it must be over {spelled}")
     if key not in ("choice", "tile"):
         return
     limit = n_candidates if key == "choice" else len(getattr(op, "tiles", ()))
     if table.dtype not in ("i8", "i32", "i64"):
-        raise VerifyException(f"{key} of {op.name} holds indices, so i8, i32 or i64, not {table.dtype}")
+        raise VerifyException(f"{key} of {_say(op)} holds indices, so i8, i32 or i64, not {table.dtype}")
     if table.array.size and not (int(table.array.min()) >= 0 and int(table.array.max()) < limit):
-        raise VerifyException(f"{key} of {op.name} points outside the {limit} entries it indexes")
+        raise VerifyException(f"{key} of {_say(op)} points outside the {limit} entries it indexes")

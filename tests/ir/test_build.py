@@ -53,3 +53,15 @@ def test_blocks_that_cannot_be(change: dict[str, object]) -> None:
     bank = BankShape("routed", 8, 2, 32, "silu", True, WEIGHTS)
     with pytest.raises(BadShape):
         BlockShape(**{"name": "mlp", "hidden": 64, "banks": (bank,), **change})  # type: ignore[arg-type]
+
+
+def test_names_and_candidates_are_given_once() -> None:
+    bank = BankShape("routed", 8, 3, 32, "silu", True, WEIGHTS)
+    block, bf16 = BlockShape("mlp", 64, (bank,)), Scheme.parse("bf16")
+    with pytest.raises(BadShape, match="'mlp' cannot be: another block has this name"):
+        build_module([block, block], [bf16])
+    for candidates in ([], [bf16, bf16]):
+        with pytest.raises(BadShape, match="at least one, each once"):
+            build_module([block], candidates)
+    with pytest.raises(BadShape, match="two of its banks"):
+        BlockShape("mlp", 64, (bank, bank))

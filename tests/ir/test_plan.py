@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
@@ -17,8 +18,11 @@ from mxmoe.ir import (
     Plan,
     Row,
     Scheme,
+    Table,
     apply_plan,
     build_module,
+    fingerprint,
+    linears,
     moe_ops,
     parse_ir,
     plan_of,
@@ -108,3 +112,53 @@ def test_plans_for_other_modules_are_refused_and_change_nothing() -> None:
 def test_a_module_without_choices_has_no_plan() -> None:
     with pytest.raises(PlanMismatch, match="allocate-bits"):
         plan_of(module())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ('"routed.gate.1"', '"routed.gate.0"', "'routed.gate.0' is there twice"),
+        ('"routed.gate.1"', '"routed.gate.x"', "write bank.role.expert"),
+        ('"routed.gate.1"', '"routed.gate.-1"', "write bank.role.expert"),
+        ('"routed.gate.1"', '"routed.gate.01"', "write bank.role.expert"),
+        ('"routed.gate.1"', '"gate.1"', "write bank.role.expert"),
+        ('"w2a16_g128_asym"', '"w2a17"', "'w2a17' is no scheme"),
+        ('"w2a16_g128_asym"', "4", "is 4, no scheme"),
+        ('"schemes"', '"scheme"', "it has no schemes"),
+        ('"gap"', '"gape"', "strange 'gape'|lacks 'gap'"),
+        ('"gap": 0.2', '"gap": "0.2"', "gap of its allocation is '0.2'"),
+        ('"mxmoe-plan-1"', '"mxmoe-plan-2"', "its format is 'mxmoe-plan-2'"),
+    ],
+)
+def test_a_plan_that_was_spoilt_by_hand_says_where(old: str, new: str, reason: str) -> None:
+    text = Plan(dict.fromkeys(rows_of(module()), CANDIDATES[0]), ALLOCATION).to_json()
+    assert old in text
+    with pytest.raises(BadPlan, match=reason):
+        Plan.from_json(text.replace(old, new, 1))
+
+
+def test_a_file_that_is_no_text_is_no_plan(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(BadPlan, match=r"plan\.json.*UTF-8"):
+        Plan.load(path)
+
+
+def test_a_lowered_module_takes_no_plan() -> None:
+    target = module()
+    for moe in moe_ops(target):
+        moe.stage = "lowered"
+    with pytest.raises(PlanMismatch, match="lowered already"):
+        apply_plan(target, Plan({}))
+
+
+def test_what_a_plan_was_solved_from_does_not_depend_on_choices_made_since() -> None:
+    target = module()
+    for moe in moe_ops(target):
+        moe.stage = "annotated"
+    before = fingerprint(target)
+    apply_plan(target, Plan(dict.fromkeys(rows_of(target), CANDIDATES[0]), ALLOCATION))
+    assert fingerprint(target) == before
+    op = linears(target)[0]
+    op.set_table("cost", Table(("expert", "scheme"), np.ones((3, 3))))
+    assert fingerprint(target) != before

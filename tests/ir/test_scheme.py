@@ -149,3 +149,9 @@ def test_bits_groups_and_symmetries_all_combine() -> None:
         for suffix in ("", "_fp16"):
             text = f"w{bits}a16{group}_{symmetry}{suffix}"
             assert str(Scheme.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["w4a17", "w8a8_asym_e4m3", "w4a16_g0"])
+def test_a_mistake_shows_what_was_written(text: str) -> None:
+    with pytest.raises(BadScheme, match=f"^'{text}' is no scheme"):
+        Scheme.parse(text)

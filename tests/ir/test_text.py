@@ -64,6 +64,25 @@ def test_attributes_that_are_not_ours_survive(data: st.DataObject) -> None:
     assert linears(again)[0].attributes["note"] == StringAttr(value)
 
 
+@given(st.text(st.characters(codec="utf-8"), max_size=20))
+@settings(max_examples=60, deadline=None)
+def test_a_name_may_be_any_text(name: str) -> None:
+    module = small()
+    module.ops.first.properties["block"] = StringAttr(name)  # pyright: ignore[reportOptionalMemberAccess]
+    text = print_ir(module, elide=None)
+    assert moe_ops(parse_ir(text))[0].block == name
+    assert print_ir(parse_ir(text), elide=None) == text
+
+
+def test_a_name_in_another_script_stays_readable_in_both_forms() -> None:
+    module = small()
+    module.ops.first.properties["block"] = StringAttr("Köpfe.0")  # pyright: ignore[reportOptionalMemberAccess]
+    for generic in (False, True):
+        text = print_ir(module, elide=None, generic=generic)
+        assert '"Köpfe.0"' in text
+        assert moe_ops(parse_ir(text))[0].block == "Köpfe.0"
+
+
 def test_lifted_text(golden: object) -> None:
     assert golden == print_ir(small())
 
