@@ -145,6 +145,8 @@ def _build(spec: ArgSpec, options: Mapping[str, Any]) -> Pass:
         dashed = option.replace("_", "-")
         if dashed not in fields:
             raise BadOption(name=spec.name, option=f"the option {dashed}", reason=near_names(dashed, fields))
+        if given == ("none",) and type(None) in typing.get_args(hints[option]):
+            given = ()  # as the command line spells it; the grammar's own way is the option without a value
         values[option] = tuple(_number(value) if "float" in str(hints[option]) else value for value in given)
         try:
             kind.from_spec(ArgSpec(spec.name, {option: values[option]}))
@@ -183,8 +185,8 @@ def _number(value: Any) -> Any:  # noqa: ANN401  # any option value; what is no 
 
 
 def _describe(hint: Any) -> str:  # noqa: ANN401  # a type hint
-    """Say a type hint in words: `tuple[float, ...] | None` is "numbers, or nothing"."""
-    one = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
+    """Say a type hint in words: `tuple[float, ...] | None` is "numbers, or none"."""
+    one = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "none"}
     many = {int: "integers", float: "numbers", str: "texts", bool: "trues and falses"}
     if typing.get_origin(hint) is tuple:
         return many.get(typing.get_args(hint)[0], str(hint))

@@ -29,12 +29,14 @@ def problem_of(module: ModuleOp, *, granularity: str = "linear", tie_gate_up: bo
                 cost.append(_annotation(op, "cost", where))
                 bits.append(np.tile([scheme.effective_bits(op.k) for scheme in candidates], (op.experts, 1)))
                 numel.append(np.full(op.experts, op.n * op.k))
+    rows = rows_of(module)
     return Problem(
         np.concatenate(loss),
         np.concatenate(bits),
         np.concatenate(cost),
         numel=np.concatenate(numel),
-        groups=tie(rows_of(module), granularity, gate_up=tie_gate_up),
+        groups=tie(rows, granularity, gate_up=tie_gate_up),
+        labels=[" ".join(map(str, row)) for row in rows],
     )
 
 

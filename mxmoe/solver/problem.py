@@ -19,8 +19,10 @@ SLACK = 1e-9
 """A plan meets a limit when it exceeds it by at most this fraction: sums of 40,000 floats are not exact."""
 
 
-def _table(name: str, value: ArrayLike, shape: tuple[int, ...] | None) -> Floats:
-    """Check one array of floats, none of them NaN or negative, and freeze a copy."""
+def _table(
+    name: str, value: ArrayLike, shape: tuple[int, ...] | None, labels: Sequence[object] | None = None
+) -> Floats:
+    """Check one array of floats, none of them NaN or negative, and freeze a copy; `labels` name the rows."""
     try:
         array = np.array(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -30,7 +32,8 @@ def _table(name: str, value: ArrayLike, shape: tuple[int, ...] | None) -> Floats
     bad = np.argwhere(np.isnan(array) | (array < 0))
     if bad.size:
         where = tuple(int(i) for i in bad[0])
-        raise BadProblem(reason=f"{name}{list(where)} is {array[where]}; {_WAY_OUT[name]}")
+        label = f" ({labels[where[0]]})" if labels is not None and where and where[0] < len(labels) else ""
+        raise BadProblem(reason=f"{name}{list(where)}{label} is {array[where]}; {_WAY_OUT[name]}")
     array.setflags(write=False)
     return array
 
@@ -69,16 +72,16 @@ class Problem:
     """[row] names of the rows, for messages only."""
 
     def __post_init__(self) -> None:
-        loss = _table("loss", self.loss, None)
+        loss = _table("loss", self.loss, None, self.labels)
         if loss.ndim != 2 or 0 in loss.shape:
             raise BadProblem(reason=f"loss has shape {loss.shape} and should be [row, scheme], at least one of each")
         bits = np.asarray(self.bits)
         given = np.broadcast_to(bits, loss.shape) if bits.shape == loss.shape[1:] else bits
-        checked: dict[str, object] = {"loss": loss, "bits": _table("bits", given, loss.shape)}
+        checked: dict[str, object] = {"loss": loss, "bits": _table("bits", given, loss.shape, self.labels)}
         if self.cost is not None:
-            checked["cost"] = _table("cost", self.cost, loss.shape)
+            checked["cost"] = _table("cost", self.cost, loss.shape, self.labels)
         if self.numel is not None:
-            checked["numel"] = _table("numel", self.numel, loss.shape[:1])
+            checked["numel"] = _table("numel", self.numel, loss.shape[:1], self.labels)
         for name in ("bits", "numel"):
             self._refuse(name, checked.get(name))
         if self.groups is not None:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from mxmoe.errors import InfeasibleBudget, MissingInput, NoPossibleScheme, UnknownName, WrongStage
-from mxmoe.ir import ModuleOp, Plan, Scheme, build_module, linears, moe_ops, plan_of
+from mxmoe.errors import BadProblem, InfeasibleBudget, MissingInput, NoPossibleScheme, UnknownName, WrongStage
+from mxmoe.ir import ModuleOp, Plan, Scheme, Table, build_module, linears, moe_ops, plan_of
 from mxmoe.passes import AllocateBits, Environment, problem_of, run_passes
 from mxmoe.testing import modules
 
@@ -127,6 +127,21 @@ def test_a_missing_table_names_the_pass_that_makes_it(key: str) -> None:
     wanted = rf"allocate-bits needs {key} of layers.0.mlp shared up; run annotate-{key} first"
     with pytest.raises(MissingInput, match=wanted):
         run_passes(module, [AllocateBits()], Environment())
+
+
+def test_a_row_that_cannot_be_solved_is_named() -> None:
+    module = annotated()
+    op = linears(module)[2]
+    assert op.sensitivity is not None
+    values = op.sensitivity.array.copy()
+    values[1, 0] = np.nan
+    op.set_table("sensitivity", Table(op.sensitivity.axes, values))
+    with pytest.raises(BadProblem, match=r"\(layers\.0\.mlp routed down 1\) is nan"):
+        AllocateBits().solve(module)
+    values[1] = np.inf
+    op.set_table("sensitivity", Table(op.sensitivity.axes, values))
+    with pytest.raises(NoPossibleScheme, match=r"layers\.0\.mlp routed down 1"):
+        AllocateBits().solve(module)
 
 
 def test_what_cannot_be_solved_is_refused() -> None:
