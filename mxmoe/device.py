@@ -144,11 +144,12 @@ DEVICES: Mapping[str, Device] = MappingProxyType({row.name: row for row in _ROWS
 
 def device(name: str) -> Device:
     """
-    Return the row of a device by its key, e.g. `device("rtx4090")`.
+    Return the row of a device by its key in any case and with blanks, e.g. `device("rtx4090")`, `device("RTX 4090")`.
 
     Raises:
         UnknownName: no such row; the message has the nearest names.
     """
-    if name not in DEVICES:
-        raise UnknownName(kind="device", name=name, near=near_names(name, DEVICES))
-    return DEVICES[name]
+    key = "".join(name.lower().split())
+    if key not in DEVICES:
+        raise UnknownName(kind="device", name=name, near=near_names(key, DEVICES))
+    return DEVICES[key]

@@ -61,6 +61,11 @@ def test_absent_units_cannot_run() -> None:
     assert {name for name, row in DEVICES.items() if not row.runs(fp8)} == {"rtx3090", "a100"}
 
 
+def test_a_name_is_read_in_any_case_and_with_blanks() -> None:
+    assert device("RTX 4090") is device("rtx4090")
+    assert device("L40S") is DEVICES["l40s"]
+
+
 def test_unknown_device_answers_with_near_names() -> None:
     with pytest.raises(UnknownName, match="rtx4090"):
         device("rtx4900")
