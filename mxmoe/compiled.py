@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NoReturn, Self
@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from mxmoe.checkpoint import Checkpoint, Origin, read_checkpoint, write_checkpoint
-from mxmoe.errors import NeedsBlock, NoSuchStage, NotCompiled, NotSavedHere, StructureMismatch, UnsupportedScheme
+from mxmoe.errors import (
+    NeedsBlock,
+    NoSuchStage,
+    NotAModule,
+    NotCompiled,
+    NotSavedHere,
+    StructureMismatch,
+    UnsupportedScheme,
+)
 from mxmoe.frontend import BankRun, Lifted, LiftedBlock, lift, replace_banks
 from mxmoe.ir import GroupGemmOp, ModuleOp, Plan, Scheme, banks, moe_ops, parse_ir
 from mxmoe.quant import Packed, PackedWeights
@@ -62,6 +70,9 @@ class CompiledBank:
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Run the bank: [tokens, hidden] -> [tokens, hidden]; see `Executable`."""
+        if torch.compiler.is_dynamo_compiling():  # kernels are no torch: the graph breaks around them
+            opaque: Executable = torch.compiler.disable(self.executable)  # pyright: ignore[reportAssignmentType]
+            return opaque(self.bank, hidden, top_k_index, top_k_weights)
         return self.executable(self.bank, hidden, top_k_index, top_k_weights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -83,11 +94,19 @@ class CompiledMoE(nn.Module):
         self.block = block
         self.compilation = compilation
         self.training = block.training
-        self.__signature__ = inspect.signature(block.forward)
+        # experts alone are replaced by something that is called alike and says so itself
+        own: inspect.Signature | None = getattr(block, "__signature__", None)
+        self.__signature__ = own or inspect.signature(block.forward)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the block's own signature
-        """Call the block."""
-        return self.block(*args, **kwargs)
+    @property
+    def forward(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]  # called alike
+        """The block's call, with the block's own signature: as a property, since that is known only with the block."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # the block's own signature
+            return self.block(*args, **kwargs)
+
+        forward.__signature__ = self.__signature__  # pyright: ignore[reportFunctionMemberAccess]  # inspect looks there
+        return forward
 
     @property
     def plan(self) -> Plan:
@@ -156,7 +175,14 @@ def is_model(lifted: Lifted) -> bool:
 
 
 def copy_modules(module: nn.Module, *, is_meta: bool = False) -> nn.Module:
-    """Copy a tree of modules; parameters and buffers are shared with the original, or have no values (`is_meta`)."""
+    """
+    Copy a tree of modules; parameters and buffers are shared with the original, or have no values (`is_meta`).
+
+    Raises:
+        NotAModule: it is none.
+    """
+    if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may not check
+        raise NotAModule(what=type(module).__name__)
     shared: dict[int, Tensor] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     if is_meta:
         shared = {key: _without_values(tensor) for key, tensor in shared.items()}
@@ -220,7 +246,7 @@ def load(folder: str | os.PathLike[str], block: nn.Module | None = None, *, targ
         NoCheckpoint, BrokenCheckpoint: not a checkpoint, or something in it was changed or lost.
         NeedsBlock: the class cannot be built from what was saved.
         UnsupportedScheme: a scheme that the target cannot run.
-        StructureMismatch: `block` has another structure.
+        NotAModule, StructureMismatch: `block` is no module, or has another structure.
     """
     goal = None if target is None else find_target(target)
     stored = read_checkpoint(folder)

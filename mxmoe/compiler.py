@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -143,16 +144,25 @@ def solve(
 
     Raises:
         BadText: text that is no module.
-        MissingInput: the module is not annotated.
+        BadArgument: an r or a budget that cannot be.
+        MissingInput, WrongStage: the module is not annotated.
         InfeasibleBudget: with the smallest feasible budget.
     """
+    _check_goal(r, weight_bits=weight_bits, max_bytes=max_bytes, latency_us=latency_us)
     annotated = parse_ir(module) if isinstance(module, str) else module
     step = AllocateBits(weight_bits, max_bytes, latency_us, r, solver, granularity, tie_gate_up)
     return step.solve(annotated)
 
 
 def _read_plan(plan: Plan | str | os.PathLike[str] | None) -> Plan | None:
-    return plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    if not isinstance(plan, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may not check
+        raise BadArgument(name="plan", value=plan, reason="give a Plan, or the path of one")
+    try:
+        return Plan.load(plan)
+    except OSError as error:
+        raise BadArgument(name="plan", value=str(plan), reason=f"it cannot be read ({error.strerror})") from error
 
 
 def _candidates(
@@ -161,10 +171,10 @@ def _candidates(
     """Parse the schemes to choose from: the caller's, those of the plan, or the target's own."""
     given: list[str | Scheme]
     if schemes is not None:
-        given = [schemes] if isinstance(schemes, str | Scheme) else list(schemes)
+        given = [schemes] if isinstance(schemes, str | Scheme) else list(_each(schemes))
     else:
         given = list(target.candidates) if plan is None else sorted(set(plan.rows.values()))
-    parsed = tuple(dict.fromkeys(one if isinstance(one, Scheme) else Scheme.parse(one) for one in given))
+    parsed = tuple(dict.fromkeys(Scheme.parse(str(one)) for one in given))
     if not parsed:
         raise BadArgument(name="schemes", value=given, reason="name at least one, or leave it out")
     for scheme in parsed:
@@ -174,8 +184,16 @@ def _candidates(
     return parsed
 
 
+def _each(schemes: Iterable[str | Scheme]) -> Iterable[str | Scheme]:
+    if not isinstance(schemes, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may not check
+        raise BadArgument(name="schemes", value=schemes, reason="name one scheme or several, e.g. 'w4a16_g128_asym'")
+    return schemes
+
+
 def _steps(pipeline: str, plan: Plan | None, options: Mapping[str, Mapping[str, Any]]) -> tuple[Pass, ...]:
     """Read the pipeline; a plan takes the place of solving."""
+    if not isinstance(pipeline, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may not check
+        raise BadArgument(name="pipeline", value=pipeline, reason="give the name of one, or passes as a string")
     steps = parse_passes("plan" if plan is not None and pipeline == "default" else pipeline, options)
     applies = any(isinstance(step, ApplyPlan) for step in steps)
     if plan is not None and not applies and any(isinstance(step, AllocateBits) for step in steps):
@@ -212,11 +230,7 @@ def _options(
     tokens: Tokens | None,
 ) -> dict[str, dict[str, Any]]:
     """Check the numbers and hand each pass its own."""
-    if not 0 <= r <= 1:
-        raise BadArgument(name="r", value=r, reason="it weighs loss against time, from 0 to 1")
-    for name, value in (("weight_bits", weight_bits), ("latency_us", latency_us)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise BadArgument(name=name, value=value, reason="a budget is a positive number, or None")
+    _check_goal(r, weight_bits=weight_bits, latency_us=latency_us)
     mix = _token_mix(tokens)
     uniform = len(candidates) == 1
     return {
@@ -230,14 +244,28 @@ def _options(
     }
 
 
+def _check_goal(r: float, **budgets: float | None) -> None:
+    """Raise BadArgument unless r lies within 0 to 1 and every budget is a positive number or None."""
+    if not _is_number(r) or not 0 <= r <= 1:
+        raise BadArgument(name="r", value=r, reason="it weighs loss against time, from 0 to 1")
+    for name, value in budgets.items():
+        if value is not None and not (_is_number(value) and math.isfinite(value) and value > 0):
+            raise BadArgument(name=name, value=value, reason="a budget is a positive number, or None")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real)
+
+
 def _token_mix(tokens: Tokens | None) -> Mapping[int, float]:
     """Bring tokens per call into one form, count -> weight."""
-    if tokens is None or isinstance(tokens, int):
+    if tokens is None or not isinstance(tokens, Iterable):
         mix: Mapping[int, float] = {_TOKENS if tokens is None else tokens: 1.0}
     else:
         mix = tokens if isinstance(tokens, Mapping) else dict.fromkeys(tokens, 1.0)
     counts_fit = all(isinstance(count, int) and count >= 1 for count in mix)  # pyright: ignore[reportUnnecessaryIsInstance]
-    if not counts_fit or not all(0 <= weight < math.inf for weight in mix.values()) or not sum(mix.values()):
+    weights_fit = all(_is_number(weight) and 0 <= weight < math.inf for weight in mix.values())
+    if not counts_fit or not weights_fit or not sum(mix.values()):
         reason = "give integers of at least 1, with weights that are not negative and not all zero"
         raise BadArgument(name="tokens", value=tokens, reason=reason)
     return mix

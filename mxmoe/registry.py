@@ -50,7 +50,7 @@ class Registry(Mapping[str, Any]):
         # the installed packages are asked only about names that are not ours: reading their metadata takes milliseconds
         paths = self.table if name in self.table else self._paths()
         if name not in paths:
-            raise UnknownName(kind=self.kind, name=name, near=near_names(name, paths))
+            raise UnknownName(kind=self.kind, name=name, near=near_names(str(name), paths))
         module, _, attribute = paths[name].partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)

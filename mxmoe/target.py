@@ -62,8 +62,8 @@ def find_target(name: str) -> Target:
     Raises:
         UnknownName: there is no such target; the message has the nearest names.
     """
-    if name not in TARGETS:
-        raise UnknownName(kind="target", name=name, near=near_names(name, TARGETS))
+    if not isinstance(name, str) or name not in TARGETS:  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may not check
+        raise UnknownName(kind="target", name=name, near=near_names(str(name), TARGETS))
     return TARGETS[name]
 
 

@@ -41,6 +41,7 @@ class Feed:
         parameter = next(iter(lifted.root.parameters()), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.dtype = torch.float32 if parameter is None else parameter.dtype
+        self.vocabulary = _vocabulary(lifted.root)
         self.has_own_routing = True
 
     def batches(self, inputs: Inputs) -> tuple[Iterator[Batch], int | None]:
@@ -52,6 +53,8 @@ class Feed:
         """
         if isinstance(inputs, Tensor | Mapping) or _is_routed(inputs):
             inputs = [cast("Batch", inputs)]
+        if not isinstance(inputs, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may not check
+            inputs = [inputs]  # `check` says what a batch is
         if not isinstance(inputs, Sequence):
             return self._checked(inputs), None
         if not inputs:
@@ -97,8 +100,12 @@ class Feed:
             return "a batch is a tensor, a mapping of arguments or (hidden, index, weights)"
         if not self.is_block:
             ids = len(tensors) == 1 and not first.is_floating_point() and first.dtype != torch.bool
-            fits = ids and first.dim() in (1, 2)
-            return None if fits else "a model takes token ids [tokens] or [sequences, tokens], or a mapping"
+            if not ids or first.dim() not in (1, 2):
+                return "a model takes token ids [tokens] or [sequences, tokens], or a mapping"
+            low, high = (int(bound) for bound in torch.aminmax(first))
+            if self.vocabulary is not None and not 0 <= low <= high < self.vocabulary:
+                return f"its ids go from {low} to {high}, the model knows 0 to {self.vocabulary - 1}"
+            return None
         if not first.is_floating_point() or first.shape[-1] != self.hidden or first.dim() not in (2, 3):
             return f"hidden states are floats [tokens, {self.hidden}] or [sequences, tokens, {self.hidden}]"
         if not routed:
@@ -152,6 +159,15 @@ def spread(hidden: Tensor, bank: BankLike) -> Routed:
 def device_of(module: nn.Module) -> torch.device:
     """Give the device of a module's first parameter."""
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def _vocabulary(root: nn.Module) -> int | None:
+    """Count the token ids that a model has embeddings for; None where it does not say."""
+    ask = getattr(root, "get_input_embeddings", None)
+    try:
+        return getattr(ask(), "num_embeddings", None) if callable(ask) else None
+    except (NotImplementedError, AttributeError):  # how transformers says that there are none
+        return None
 
 
 def _is_routed(batch: object) -> bool:

@@ -171,7 +171,8 @@ def _checked(
     if dtypes != {dtype} or dtype not in DTYPES:
         named = ", ".join(sorted(str(d) for d in dtypes))
         known = ", ".join(str(d) for d in DTYPES)
-        raise _bad(module, path, f"its weights are {named}; one of {known} is needed (unpack a quantized model first)")
+        way = "convert the module with .to(torch.bfloat16); unpack a quantized model first"
+        raise _bad(module, path, f"its weights are {named}; one of {known} is needed ({way})")
     shapes = {role: tuple(load().shape) for role, load in weights.items()}
     experts, hidden, intermediate = shapes["down"]
     fits = {"gate": (experts, intermediate, hidden), "up": (experts, intermediate, hidden), "down": shapes["down"]}

@@ -88,15 +88,14 @@ class RoutedCall(_Call):
     """Called like experts: (hidden [..., H], top_k_index [T, k], top_k_weights [T, k]) -> [..., H]."""
 
     def __init__(self, bank: LiftedBank, run: BankRun) -> None:
-        """Take the argument names and the number of experts from the bank's module."""
+        """Take the signature and the number of experts from the bank's module."""
         super().__init__(run)
-        self.names = tuple(inspect.signature(bank.module.forward).parameters)
+        self.__signature__ = inspect.signature(bank.module.forward)
         self.num_experts = bank.shape.experts
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         """Run the bank; arguments may be named as the original names them."""
-        values = dict(zip(self.names, args, strict=False)) | named
-        hidden, index, weights = (values[name] for name in self.names[:3])
+        hidden, index, weights, *_ = self.__signature__.bind(*args, **named).arguments.values()
         rows = hidden.reshape(-1, hidden.shape[-1])
         return self._weigh(rows, index, weights).reshape(hidden.shape)
 

@@ -28,6 +28,7 @@ from mxmoe.errors import (
     NoCheckpoint,
     NoKernels,
     NoSuchStage,
+    NotAModule,
     NotCompiled,
     NotSavedHere,
     StructureMismatch,
@@ -269,6 +270,8 @@ def test_modules_of_another_structure(saved: tuple[Path, Any]) -> None:
     for module in (qwen_model(), Qwen2MoeExperts(Qwen2MoeConfig(**CONFIG))):
         with pytest.raises(MxmoeError, match=r"structure that was compiled|how many experts"):
             mxmoe.load(folder, module)
+    with pytest.raises(NotAModule, match="not str"):
+        mxmoe.load(folder, "Qwen/Qwen1.5-MoE-A2.7B")
     odd = qwen_block()
     odd.extra = nn.Linear(2, 2)
     with pytest.raises(StructureMismatch, match=r"extra\."):

@@ -62,26 +62,37 @@ def no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"target": "nunba"}, UnknownName, "no target named 'nunba'; did you mean numba"),
+    ({"target": None}, UnknownName, "no target named None; known: eager"),
     ({"target": "triton-sm89"}, NoKernels, "compile it for eager, numba instead"),
     ({"target": "triton-sm90"}, NoKernels, "eager, numba"),
     ({"schemes": "w4b16"}, BadScheme, "w4b16"),
     ({"schemes": []}, BadArgument, "name at least one"),
+    ({"schemes": 4}, BadArgument, "schemes=4: name one scheme or several"),
+    ({"schemes": ["bf16", 4]}, BadScheme, "'4' is no scheme"),
     ({"quantizer": "rtm"}, UnknownName, "no quantizer named 'rtm'; did you mean rtn"),
     ({"pipeline": "defualt"}, UnknownName, "did you mean default"),
+    ({"quantizer": None}, UnknownName, "no quantizer named None; known: rtn"),
+    ({"pipeline": None}, BadArgument, "pipeline=None"),
     ({"pipeline": "allocate-bits{"}, BadPipeline, "is not a pipeline"),
     ({"pipeline": "annotate-cots"}, UnknownName, "annotate-cost"),
     ({"r": 1.5}, BadArgument, "r=1.5"),
     ({"r": float("nan")}, BadArgument, "r=nan"),
+    ({"r": "loss"}, BadArgument, "r='loss'"),
+    ({"weight_bits": "5"}, BadArgument, "weight_bits='5': a budget is a positive number"),
+    ({"latency_us": [1.0]}, BadArgument, "latency_us"),
     ({"weight_bits": -1}, BadArgument, "weight_bits=-1"),
     ({"weight_bits": float("inf")}, BadArgument, "or None"),
     ({"latency_us": 0}, BadArgument, "latency_us=0"),
     ({"tokens": 0}, BadArgument, "tokens=0"),
+    ({"tokens": 1.5}, BadArgument, "tokens=1.5: give integers"),
+    ({"tokens": {1: "often"}}, BadArgument, "weights that are not negative"),
     ({"tokens": ()}, BadArgument, "tokens"),
     ({"tokens": "many"}, BadArgument, "tokens='many'"),
     ({"tokens": {1: -1.0}}, BadArgument, "not negative"),
     ({"tokens": {1: 0.0}}, BadArgument, "all zero"),
     ({"weight_bits": 1.5}, InfeasibleBudget, "smallest feasible weight_bits is 3"),
     ({"plan": Plan({Row("moe", "routed", "up", 0): Scheme.parse("bf16")})}, PlanMismatch, "the plan lacks 14 rows"),
+    ({"plan": 5}, BadArgument, "give a Plan, or the path of one"),
     ({"plan": Plan({}), "schemes": "bf16"}, PlanMismatch, "the plan lacks 15 rows"),
     ({"plan": Plan({}), "schemes": "bf16", "pipeline": "annotate-cost,allocate-bits"}, BadArgument, "apply-plan"),
 ]
@@ -99,8 +110,15 @@ def test_plans_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"format": "mxmoe-pl')
     with pytest.raises(BadPlan, match="is not a plan"):
         compiled(qwen_block(), plan=tmp_path / "plan.json")
-    with pytest.raises((BadPlan, FileNotFoundError), match="absent"):
+    with pytest.raises(BadArgument, match=r"absent\.json': it cannot be read \(No such file or directory\)"):
         compiled(qwen_block(), plan=tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("option", [{"r": 2}, {"r": "a"}, {"weight_bits": "3"}, {"max_bytes": 0}, {"latency_us": -1}])
+def test_solving_names_what_cannot_be(block: nn.Module, option: dict[str, Any]) -> None:
+    annotated = compiled(block, "eager", schemes=TWO).ir("annotated")
+    with pytest.raises(BadArgument, match=next(iter(option))):
+        mxmoe.solve(annotated, **option)
 
 
 def test_a_plan_with_a_scheme_that_is_no_candidate(block: nn.Module) -> None:

@@ -112,7 +112,12 @@ def _changed(change: str) -> Stack:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [("transposed", "do not fit together"), ("dtype", "unpack a quantized"), ("bias", "biases"), ("more", "further")],
+    [
+        ("transposed", "do not fit together"),
+        ("dtype", r"with \.to\(torch\.bfloat16\); unpack a quantized"),
+        ("bias", "biases"),
+        ("more", "further"),
+    ],
 )
 def test_stacks_that_contradict_themselves_are_refused(change: str, said: str) -> None:
     with pytest.raises(BadExperts, match=said):

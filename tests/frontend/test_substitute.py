@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,9 @@ def test_experts_alone_are_replaced_as_the_root() -> None:
     torch.testing.assert_close(replaced.root(hidden, index, weights), expected)
     torch.testing.assert_close(replaced.root(hidden, top_k_weights=weights, top_k_index=index), expected)
     assert replaced.changes == ()
+    assert inspect.signature(replaced.root) == inspect.signature(stack.forward)
+    with pytest.raises(TypeError, match="missing a required argument: 'top_k_weights'"):
+        replaced.root(hidden, index)
 
 
 @torch.no_grad()

@@ -181,10 +181,10 @@ class NumbaExecutable:
         if bank not in self.banks:
             raise NoSuchBank(block=self.block, bank=bank, known=", ".join(self.banks))
         compiled = self.banks[bank]
-        check_call(self.block, self.hidden, compiled.experts, hidden, index, weights)
-        for tensor in (hidden, index, weights):
+        for tensor in (hidden, index, weights):  # first: checking a call reads the index
             if tensor.device.type != "cpu":
                 raise WrongDevice(backend="numba", block=self.block, device=tensor.device)
+        check_call(self.block, self.hidden, compiled.experts, hidden, index, weights)
         return compiled
 
 
