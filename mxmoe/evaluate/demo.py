@@ -45,10 +45,7 @@ FLOAT = "bf16"
 BUDGETS = (5.0, 4.25, 3.25, 2.25)
 """Average effective bits per weight of the mixes."""
 R = 0.9
-"""
-Mixes minimise loss^R time^(1-R). Here 0.9 gives mixes that are both more accurate and faster than the uniform scheme of
-their size; 0.75 gives up some accuracy at 4.25 bits for a time that is shorter still.
-"""
+"""Mixes minimise loss^R time^(1-R); chosen on calibration text, see `benchmarks/objective.py`."""
 WINDOW = 512
 CHUNK = 4096
 TARGET = "numba"
