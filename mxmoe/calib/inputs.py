@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -38,8 +39,9 @@ class Feed:
         self.hidden = block.shape.hidden
         self.experts: BankLike | None = next((b for b in block.banks.values() if b.module is lifted.root), None)
         self.is_block = self.experts is not None or block.block is lifted.root
-        parameter = next(iter(lifted.root.parameters()), None)
-        self.device = torch.device("cpu") if parameter is None else parameter.device
+        # of the experts: a router before them may be kept in float32
+        parameter = next((p for bank in block.banks.values() for p in bank.module.parameters()), None)
+        self.device = device_of(lifted.root)
         self.dtype = torch.float32 if parameter is None else parameter.dtype
         self.vocabulary = _vocabulary(lifted.root)
         self.has_own_routing = True
@@ -105,11 +107,11 @@ class Feed:
             low, high = (int(bound) for bound in torch.aminmax(first))
             if self.vocabulary is not None and not 0 <= low <= high < self.vocabulary:
                 return f"its ids go from {low} to {high}, the model knows 0 to {self.vocabulary - 1}"
-            return None
+            return self._unbound(input_ids=first)
         if not first.is_floating_point() or first.shape[-1] != self.hidden or first.dim() not in (2, 3):
             return f"hidden states are floats [tokens, {self.hidden}] or [sequences, tokens, {self.hidden}]"
         if not routed:
-            return None
+            return None if self.experts else self._unbound(first)
         if self.experts is None:
             return "this block routes by itself: pass hidden states only"
         _, index, weights = tensors
@@ -117,6 +119,14 @@ class Feed:
         return (
             None if fits and not index.is_floating_point() else "index and weights are [tokens, k], index of integers"
         )
+
+    def _unbound(self, *args: Tensor, **named: Tensor) -> str | None:
+        """Say so if the module cannot be called with a tensor alone."""
+        try:
+            inspect.signature(self.root.forward).bind(*args, **named)
+        except TypeError as error:
+            return f"{type(self.root).__name__} cannot be called with it alone ({error}): pass a mapping of arguments"
+        return None
 
     def run(self, batch: Batch) -> None:
         """Run a batch through the module."""

@@ -162,7 +162,12 @@ class Stats:
         roles = sum(len(sums.squared_error) * sums.experts for sums in self.banks.values())
         seen = max((sums.n_tokens for sums in self.banks.values()), default=0)
         source = "data-free (standard normal hidden states, uniform routing)" if self.data_free else f"{seen} tokens"
-        lines = [f"{len(self.banks)} banks, {roles} linears, {len(self.schemes)} schemes, from {source}"]
+        lines = [f"banks: {len(self.banks)}, linears: {roles}, schemes: {len(self.schemes)}, from {source}"]
+        per_token = [self.per_token(*key, role) for key, sums in self.banks.items() for role in sums.squared_error]
+        if per_token:
+            means = zip(self.schemes, np.concatenate(per_token).mean(axis=0).tolist(), strict=True)
+            listed = ", ".join(f"{scheme} {mean:.3g}" for scheme, mean in means)
+            lines.append(f"squared change of the output per token, mean of all linears: {listed}")
         if self.routing == "uniform" and not self.data_free:
             lines.append("no router was there: tokens were spread evenly over the experts")
         for (block, bank), sums in self.banks.items():

@@ -62,7 +62,10 @@ class LiftMismatch(MxmoeError):
 class UnknownTopK(MxmoeError):
     """Neither the block, nor its router, nor a config says how many experts a token takes."""
 
-    message = "cannot see how many experts a token takes in {path!r}; pass lift(..., top_k=<experts per token>)"
+    message = (
+        "cannot see how many experts a token takes in {path!r}; set an attribute top_k on the module, or pass"
+        " lift(..., top_k=<experts per token>)"
+    )
 
 
 class MetaWeights(MxmoeError):

@@ -146,8 +146,8 @@ def _kind(site: Site) -> BankKind:
 
 
 def _top_k(root: nn.Module, block: nn.Module, site: Site, experts: int) -> int:
-    """Look at the block, then at what it holds beside the experts (the router), then at configs."""
-    modules = [block, *(child for child in block.children() if child is not site.module)]
+    """Look at the block, then at what it holds beside the experts (the router), at the experts, then at configs."""
+    modules = [block, *(child for child in block.children() if child is not site.module), site.module]
     configs = [getattr(module, "config", None) for module in (site.module, block, root)]
     holders = [(m, _TOP_K_OF_MODULES) for m in modules] + [(c, _TOP_K_OF_CONFIGS) for c in configs]
     values = (getattr(holder, name, None) for holder, names in holders for name in names)

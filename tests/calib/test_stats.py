@@ -56,6 +56,15 @@ def test_experts_with_few_tokens_take_the_bank_mean() -> None:
     assert "1, 3" in make().report()
 
 
+def test_the_report_says_the_error_per_token() -> None:
+    stats = make()
+    keys = [(*key, role) for key, sums in stats.banks.items() for role in sums.squared_error]
+    mean = np.concatenate([stats.per_token(*key) for key in keys]).mean(axis=0)
+    wanted = ", ".join(f"{scheme} {value:.3g}" for scheme, value in zip(SCHEMES, mean, strict=True))
+    assert f"per token, mean of all linears: {wanted}" in stats.report()
+    assert Stats((), {}).report().startswith("banks: 0")
+
+
 def test_without_a_well_observed_expert_all_tokens_count() -> None:
     got = make(1000).sensitivity("b", "routed", "up")
     np.testing.assert_allclose(got[:, 0], np.array([100, 3, 300, 1]) * 1499 / 403)

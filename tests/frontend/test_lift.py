@@ -96,8 +96,11 @@ def test_top_k_is_looked_for(where: str) -> None:
 
 
 def test_an_unknown_top_k_says_how_to_give_it() -> None:
-    with pytest.raises(UnknownTopK, match=r"pass lift\(\.\.\., top_k="):
+    with pytest.raises(UnknownTopK, match=r"attribute top_k on the module, or pass lift\(\.\.\., top_k="):
         lift(Stack())
+    stack = Stack()
+    stack.top_k = 2
+    assert lift(stack).blocks[0].shape.banks[0].top_k == 2
 
 
 def test_meta_weights_can_be_described_and_not_read() -> None:
