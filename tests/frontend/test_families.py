@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from mxmoe.backends.eager import EagerBackend
@@ -158,11 +160,19 @@ def test_latent_experts_leave_the_shared_mlp_a_block_of_its_own() -> None:
     assert kept == {"layers.0.mixer.gate", "layers.0.mixer.fc1_latent_proj", "layers.0.mixer.fc2_latent_proj"}
 
 
+# every installed version is lifted above; what is listed by name is listed for this one and later ones
+PINNED = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="the lists of names are those of transformers 5.23"
+)
+
+
+@PINNED
 def test_padding_is_tested_almost_everywhere() -> None:
     without = {family.experts for family in families() if not takes_padding(family.cls)}
     assert without == {"GptOssExperts", "NemotronHExperts", "OpenAIPrivacyFilterExperts"}
 
 
+@PINNED
 def test_the_scan_finds_what_it_is_for() -> None:
     assert len(families()) >= 60
     assert {"mixtral", "gpt_oss", "deepseek_v3", "qwen3_moe"} <= {family.name for family in families()}
@@ -185,6 +195,7 @@ def test_families_that_are_not_decorated(family: Family) -> None:
     torch.testing.assert_close(replaced.root(**inputs)[0], expected, rtol=1e-3, atol=1e-4)
 
 
+@PINNED
 def test_refused_and_listed_classes_are_there() -> None:
     text = "\n".join(file.read_text() for file in MODELS.glob("*/modeling_*.py"))
     assert not [name for name in (*FAMILIES, *REFUSED) if f"class {name}(" not in text]
