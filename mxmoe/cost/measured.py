@@ -93,8 +93,8 @@ class Measured:
     A measured wave time t at the profile's depth becomes fixed + (t - fixed) k / depth. An expert with r row tiles
     reads its weights from memory once: its tiles take max(reuse, stream / r) each, or `stream` where reuse was not
     measured, which is then on the safe side. A scheme without figures borrows those of the nearest measured scheme
-    on the same matrix unit, times the ratio of their rooflines, but is never faster than the published peaks; without
-    any such scheme it is the roofline itself.
+    on the same matrix unit, times the ratio of their rooflines at one and at many row tiles, but is never faster than
+    the published peaks; without any such scheme it is the roofline itself.
 
     Raises:
         NoProfile: no profile for the device.
@@ -134,7 +134,9 @@ class Measured:
             return mine / self.roofline.tile_us(source, near, k, row_tiles * near.m)
 
         # each figure at its own end: a ratio at the rows asked for could fall faster than the rows rise
-        reuse = None if time.reuse_us is None else time.reuse_us * ratio(_MANY)
+        # where the source streams whatever the rows, weights wider than its are still read from memory only once
+        many = (time.stream_us, min(ratio(1), ratio(_MANY))) if time.reuse_us is None else (time.reuse_us, ratio(_MANY))
+        reuse = many[0] * many[1]
         scaled = self._measured_us(TileTime(time.stream_us * ratio(1), reuse), k, row_tiles)
         return max(scaled, *self.roofline.peak_us(scheme, tile, k, rows))
 

@@ -164,3 +164,11 @@ def test_a_cut_file_is_refused(tmp_path: Path) -> None:
     cut.write_text(PATH.read_text()[:500])
     with pytest.raises(BadProfile, match=r"cut\.json"):
         Profile.read(cut)
+
+
+@pytest.mark.parametrize("name", ["bf16", "w8a16_sym", "w5a16_g128_sym"])
+def test_wide_weights_without_figures_cost_their_bytes_once(name: str) -> None:
+    scheme, source, tile = Scheme.parse(name), Scheme.parse("w4a16_sym"), Tile(64, 128, 128)
+    one, many = (RTX4090.tile_us(scheme, tile, 2048, rows) for rows in (64, 64 * 64))
+    assert one > RTX4090.tile_us(source, tile, 2048, 64)
+    assert many < 1.5 * Roofline(RTX4090.device).tile_us(scheme, tile, 2048, 64 * 64)
