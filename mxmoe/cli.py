@@ -121,6 +121,7 @@ def _opt(arguments: argparse.Namespace) -> int:
     from mxmoe.ir import Table, parse_ir, print_ir
     from mxmoe.passes import TimePasses, parse_passes, run_passes
 
+    _check_folder(arguments.output, "mxmoe opt")
     steps = parse_passes(",".join(arguments.passes))
     environment = _environment(arguments)
     clock = TimePasses()
@@ -165,18 +166,16 @@ def _observers(arguments: argparse.Namespace) -> list[Observer]:
 
 def _list_passes() -> str:
     """Name every pass with the first line of its docstring and its options, then the pipelines."""
-    import dataclasses
     import inspect
 
-    from mxmoe.passes import PASSES, PIPELINES
+    from mxmoe.passes import PASSES, PIPELINES, parse_passes
 
     lines: list[str] = []
     for name in PASSES:
         try:
-            kind = PASSES[name]
-            about = (inspect.getdoc(kind) or "").partition("\n")[0]
-            defaults = {field.name.replace("_", "-"): field.default for field in dataclasses.fields(kind)}
-            options = "  ".join(f"{key}{' (unset)' if v is None else f'={v}'}" for key, v in defaults.items())
+            (step,) = parse_passes(name)
+            about = (inspect.getdoc(type(step)) or "").partition("\n")[0]
+            options = "  ".join(option if "=" in option else f"{option} (unset)" for option in step.spelled_options())
         except MxmoeError as error:  # a broken package of somebody else must not hide the others
             about, options = str(error), ""
         lines += [f"{name:24}{about}".rstrip(), *([f"{'':24}{options}"] if options else [])]
@@ -209,6 +208,7 @@ def _solve(arguments: argparse.Namespace) -> int:
     from mxmoe.passes import AllocateBits
     from mxmoe.report.summary import describe_plan
 
+    _check_folder(arguments.output, "mxmoe solve")
     step = AllocateBits(
         arguments.weight_bits,
         arguments.max_bytes,
@@ -238,6 +238,7 @@ def _show(arguments: argparse.Namespace) -> int:
     from mxmoe.report import save_figure
     from mxmoe.report.summary import describe_module, describe_plan, draw_bits, module_bits, plan_bits
 
+    _check_folder(arguments.output, "mxmoe show")
     text, name = _read(arguments.file), _shown(arguments.file)
     if text.lstrip().startswith("{"):
         plan = _plan(text, name)
@@ -309,6 +310,12 @@ def _read(file: str) -> str:
     except UnicodeDecodeError as error:
         reason = f"it is no UTF-8 text ({error.reason} at byte {error.start})"
         raise BadText(name=_shown(file), reason=reason) from error
+
+
+def _check_folder(file: str | None, program: str) -> None:
+    """Refuse to work for a file that cannot be written afterwards."""
+    if file is not None and not Path(file).parent.is_dir():
+        raise BadUsage(reason=f"there is no folder {Path(file).parent} to write {Path(file).name} to", program=program)
 
 
 def _shown(file: str) -> str:

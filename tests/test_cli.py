@@ -168,6 +168,13 @@ class TestOpt:
         assert "after annotate-cost,annotate-cost{tokens=1} the" in complaint(capsys, *words)
         assert "after annotate-cost the" in complaint(capsys, *words, "--verify-each")
 
+    def test_a_folder_that_is_not_there_is_told_before_the_work(
+        self, capsys: pytest.CaptureFixture[str], annotated: Path
+    ) -> None:
+        for command in ("opt", "solve", "show"):
+            told = complaint(capsys, command, str(annotated), "-o", str(annotated.with_name("none") / "out"))
+            assert "there is no folder" in told
+
     def test_the_environment_watches_too(
         self, capsys: pytest.CaptureFixture[str], annotated: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -189,6 +196,8 @@ class TestOpt:
         printed = capsys.readouterr().out
         assert "allocate-bits           Choose a scheme" in printed
         assert "weight-bits=5.0  max-bytes (unset)" in printed
+        assert "tie-gate-up=true" in printed
+        assert "device (unset)  tokens=512  token-weights (unset)" in printed
         assert "default                 annotate-routing," in printed
         assert "the pass 'gone' is registered as" in printed
 

@@ -14,6 +14,9 @@ from mxmoe.ir.attrs import ReadingPrinter
 from mxmoe.ir.ops import MXMOE
 from mxmoe.ir.table import Table
 
+_WINDOW = 160
+"""Characters of a line that a message shows."""
+
 
 def context() -> Context:
     """Return an xDSL context that knows the builtin dialect and ours."""
@@ -51,5 +54,16 @@ def parse_ir(text: str, *, name: str = "<text>") -> ModuleOp:
         module = Parser(context(), text, name).parse_module()
         module.verify()
     except (ParseError, VerifyException) as error:
-        raise BadText(name=name, reason=str(error).strip()) from error
+        raise BadText(name=name, reason=_shorten(str(error).strip())) from error
     return module
+
+
+def _shorten(message: str) -> str:
+    """Show the text around the caret only: a line of a module may hold a table of thousands of numbers."""
+    lines = message.splitlines()
+    at = next((i for i, line in enumerate(lines) if i and line.strip() and not line.strip(" ^")), None)
+    if at is None or len(lines[at - 1]) <= _WINDOW:
+        return message
+    start = max(0, lines[at].index("^") - _WINDOW // 2)
+    below = [line[start:] if line[:start].isspace() else line for line in lines[at:]]
+    return "\n".join([*lines[: at - 1], lines[at - 1][start : start + _WINDOW], *below])

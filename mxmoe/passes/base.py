@@ -89,9 +89,13 @@ class Pass(ModulePass):
 
     def __str__(self) -> str:
         """Spell the pass with the options that differ from their defaults, as `parse_passes` reads it."""
-        given = self.spec().parameters.items()
-        options = " ".join(f"{key.replace('_', '-')}{_equals(values)}" for key, values in given)
+        options = " ".join(self.spelled_options(all_of_them=False))
         return f"{self.name}{{{options}}}" if options else self.name
+
+    def spelled_options(self, *, all_of_them: bool = True) -> list[str]:
+        """Spell the options, or those that differ from their defaults: ["tokens=1,2", "device"], the latter unset."""
+        given = self.spec(include_default=all_of_them).parameters.items()
+        return [f"{key.replace('_', '-')}{_equals(values)}" for key, values in given]
 
 
 def advance(moe: MoeOp, stage: Stage) -> None:

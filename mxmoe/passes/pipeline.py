@@ -145,8 +145,8 @@ def _build(spec: ArgSpec, options: Mapping[str, Any]) -> Pass:
         dashed = option.replace("_", "-")
         if dashed not in fields:
             raise BadOption(name=spec.name, option=f"the option {dashed}", reason=near_names(dashed, fields))
-        if given == ("none",) and type(None) in typing.get_args(hints[option]):
-            given = ()  # as the command line spells it; the grammar's own way is the option without a value
+        if given == ("none",) and set(typing.get_args(hints[option])) in ({type(None), float}, {type(None), int}):
+            given = ()  # a limit that is lifted, as the command line spells it; text may well be "none"
         values[option] = tuple(_number(value) if "float" in str(hints[option]) else value for value in given)
         try:
             kind.from_spec(ArgSpec(spec.name, {option: values[option]}))

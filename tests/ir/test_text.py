@@ -106,6 +106,19 @@ def test_elided_text_is_refused_with_a_caret_and_the_way_out() -> None:
     assert "^" in str(caught.value)
 
 
+def test_a_complaint_about_a_long_line_shows_the_place_only() -> None:
+    module = small(experts=500)
+    for moe in moe_ops(module):
+        moe.stage = "annotated"
+    linears(module)[0].set_table("cost", Table(("expert", "scheme"), np.zeros((500, 3), dtype=np.float32)))
+    text = print_ir(module, elide=None).replace('0.0"> :', '0.0 1.5"> :', 1)
+    with pytest.raises(BadText, match="1501 words for 500x3") as caught:
+        parse_ir(text)
+    shown, caret, _ = str(caught.value).splitlines()[-3:]
+    assert len(shown) <= 160
+    assert shown[: caret.index("^")].endswith('0.0 1.5">')
+
+
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
