@@ -116,7 +116,7 @@ def test_a_complaint_about_a_long_line_shows_the_place_only() -> None:
         parse_ir(text)
     shown, caret, _ = str(caught.value).splitlines()[-3:]
     assert len(shown) <= 160
-    assert shown[: caret.index("^")].endswith('0.0 1.5">')
+    assert shown[: caret.index("^")].endswith('0.0 1.5"')
 
 
 @pytest.mark.parametrize(
