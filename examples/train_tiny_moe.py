@@ -6,7 +6,7 @@ expert, 3.7 million weights, 7.5 MB in bf16. The text is the Python standard lib
 file: a file is in the training, the calibration or the held-out part by the hash of its path, never in two.
 
     python examples/train_tiny_moe.py --out tiny_moe --minutes 8 --compile          # one GPU
-    python examples/train_tiny_moe.py --out /tmp/try --tiny --steps 20 --device cpu  # seconds, on any machine
+    python examples/train_tiny_moe.py --out toy --tiny --steps 20 --device cpu       # seconds, on any machine
 
 Training keeps the learning rate until the held-out loss is flat (or the budget is nearly spent), lets it fall to zero,
 and ships the weights of the best evaluation. It writes config.json, model.safetensors, training.json, calibration.txt,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mxmoe.errors import BadPlan, BadText, BadUsage, BrokenCheckpoint, MxmoeError, UnknownName
+from mxmoe.files import write_whole
 from mxmoe.registry import near_names
 
 if TYPE_CHECKING:  # torch, xDSL and matplotlib are for the commands that want them
@@ -130,7 +131,7 @@ def _opt(arguments: argparse.Namespace) -> int:
     if arguments.time_passes:
         sys.stderr.write(clock.table() + "\n")
     if arguments.output:
-        _write(Path(arguments.output), print_ir(module, elide=None))
+        write_whole(arguments.output, print_ir(module, elide=None))
     else:
         sys.stdout.write(print_ir(module, elide=None if arguments.full else Table.ELIDE_ABOVE))
         sys.stdout.flush()
@@ -320,16 +321,6 @@ def _check_folder(file: str | None, program: str) -> None:
 
 def _shown(file: str) -> str:
     return "<stdin>" if file == "-" else file
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _print(text: str) -> None:

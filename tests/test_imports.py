@@ -28,6 +28,7 @@ BACKENDS = ("backends.eager", "backends.numba", "backends.triton")
 
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "errors": (),
+    "files": (),
     "registry": (),
     "ir": (),
     "solver": (),
@@ -62,7 +63,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
 }
 """Unit -> units that it may import. `errors` and `registry` may be imported by all; `cli` may import everything."""
 
-FREE = ("errors", "registry")
+FREE = ("errors", "files", "registry")
 EVERYTHING = ("cli", "__init__", "__main__")
 
 HEAVY: Mapping[str, tuple[str, ...]] = {

@@ -22,6 +22,7 @@ from mxmoe.errors import BadArgument, BadDemoFolder
 from mxmoe.evaluate.bit_map import bit_map
 from mxmoe.evaluate.perplexity import perplexity
 from mxmoe.evaluate.tiny import TinyMoe, load_tiny
+from mxmoe.files import write_whole
 from mxmoe.frontend import lift
 from mxmoe.ir import parse_ir
 from mxmoe.report import BitMap, Cell, Column, Point, csv_table, draw_overview, save_figure, text_table
@@ -245,13 +246,6 @@ def _write(demo: Demo, maps: list[BitMap]) -> None:
     baseline = points["float"][0].perplexity
     figure = draw_overview(maps, points["uniform"], points["mix"], baseline=baseline, title=PICTURE_TITLE)
     save_figure(figure, demo.folder / "picture.png")
-    _write_text(demo.folder / "table.txt", f"{demo.table()}\n\n{demo.about}\n")
-    _write_text(demo.folder / "table.csv", csv_table(COLUMNS, [_cells(entry) for entry in entries]))
-    _write_text(demo.folder / "table.json", json.dumps([asdict(entry) for entry in entries], indent=1) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_whole(demo.folder / "table.txt", f"{demo.table()}\n\n{demo.about}\n")
+    write_whole(demo.folder / "table.csv", csv_table(COLUMNS, [_cells(entry) for entry in entries]))
+    write_whole(demo.folder / "table.json", json.dumps([asdict(entry) for entry in entries], indent=1) + "\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from xdsl.dialects.builtin import DictionaryAttr, FloatAttr, ModuleOp, StringAtt
 from xdsl.ir import Attribute
 
 from mxmoe.errors import BadPlan, BadScheme, PlanMismatch
+from mxmoe.files import write_whole
 from mxmoe.ir.build import banks, linears, moe_ops
 from mxmoe.ir.scheme import Scheme
 from mxmoe.ir.table import Table
@@ -113,11 +113,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON form to a file, whole or not at all."""
-        target = Path(path)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as file:
-            file.write(self.to_json())
-        os.chmod(file.name, 0o644)  # a temporary file is for its owner's eyes only
-        os.replace(file.name, target)
+        write_whole(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
@@ -14,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
+
+from mxmoe.files import write_whole
 
 INK = "#22303c"
 SOFT = "#8a97a3"
@@ -51,11 +51,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure as PNG, whole or not at all; equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    target = Path(path)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-        file.write(buffer.getvalue())
-    os.chmod(file.name, 0o644)  # a temporary file is for its owner's eyes only
-    os.replace(file.name, target)
+    write_whole(path, buffer.getvalue())
 
 
 def label_points(axes: Axes, points: Sequence[tuple[float, float, str]], *, color: str = INK) -> list[Annotation]:
