@@ -236,8 +236,8 @@ def _add_show(commands: _Commands) -> None:
 
 def _show(arguments: argparse.Namespace) -> int:
     from mxmoe.ir import parse_ir
-    from mxmoe.report import save_figure
-    from mxmoe.report.summary import describe_module, describe_plan, draw_bits, module_bits, plan_bits
+    from mxmoe.report import module_bits, plan_bits, save_figure
+    from mxmoe.report.summary import describe_module, describe_plan, draw_bits
 
     _check_folder(arguments.output, "mxmoe show")
     text, name = _read(arguments.file), _shown(arguments.file)

@@ -19,13 +19,24 @@ from mxmoe.compiled import Compilation
 from mxmoe.compiler import compile
 from mxmoe.device import device
 from mxmoe.errors import BadArgument, BadDemoFolder
-from mxmoe.evaluate.bit_map import bit_map
 from mxmoe.evaluate.perplexity import perplexity
 from mxmoe.evaluate.tiny import TinyMoe, load_tiny
 from mxmoe.files import write_whole
 from mxmoe.frontend import lift
 from mxmoe.ir import parse_ir
-from mxmoe.report import BitMap, Cell, Column, Point, csv_table, draw_overview, save_figure, text_table
+from mxmoe.report import (
+    BitMap,
+    Cell,
+    Column,
+    Point,
+    bit_map,
+    csv_table,
+    draw_overview,
+    module_bits,
+    save_figure,
+    text_table,
+    usage,
+)
 from mxmoe.target import find_target
 
 UNIFORM = (
@@ -150,7 +161,9 @@ def run_demo(
         entry, made = _measure(tiny.model, job, stats, text)
         entries.append(entry)
         if entry.kind == "mix":
-            maps.append(bit_map(parse_ir(made.ir("allocated")), f"{job:g} bits: perplexity {entry.perplexity:.3f}"))
+            allocated = parse_ir(made.ir("allocated"))
+            title = f"{job:g} bits: perplexity {entry.perplexity:.3f}"
+            maps.append(bit_map(module_bits(allocated), title, usage(allocated)))
             made.plan.save(out / f"plan-{job:g}.json")
     demo = Demo(tuple(entries), _about(tiny, len(text), len(windows)), out)
     _write(demo, maps)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from mxmoe.errors import NothingChosen
-from mxmoe.ir import Allocation, GroupGemmOp, ModuleOp, Plan, Row, Scheme, allocation_of, banks, moe_ops
+from mxmoe.ir import Allocation, ModuleOp, Plan, Row, Scheme, allocation_of, banks, moe_ops
 from mxmoe.passes import histogram
+from mxmoe.report.bit_map import bit_map
 from mxmoe.report.figure import INK, new_figure
-from mxmoe.report.picture import BitMap, draw_bit_map
+from mxmoe.report.picture import draw_bit_map
 from mxmoe.report.table import Cell, Column, text_table
 
 if TYPE_CHECKING:
@@ -71,32 +71,6 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
     return "\n".join(lines)
 
 
-def plan_bits(plan: Plan) -> dict[Row, float]:
-    """Row -> payload bits; a plan does not know how wide its rows are, so scales are not counted."""
-    return {row: scheme.payload_bits for row, scheme in plan.rows.items()}
-
-
-def module_bits(module: ModuleOp) -> dict[Row, float]:
-    """
-    Row -> effective bits of an allocated or lowered module.
-
-    Raises:
-        NothingChosen: a block has no choices yet.
-    """
-    bits: dict[Row, float] = {}
-    for moe in moe_ops(module):
-        for bank in banks(moe).values():
-            for op in (*bank.linears.values(), *bank.gemms):
-                if op.choice is None:
-                    raise NothingChosen(block=moe.block, stage=moe.stage)
-                roles = op.role.split("_") if isinstance(op, GroupGemmOp) else [op.role]
-                for role in roles:
-                    for expert, index in enumerate(op.choice.array.tolist()):
-                        row = Row(moe.block, bank.name, role, expert)
-                        bits[row] = moe.candidates[index].effective_bits(op.k)
-    return bits
-
-
 def draw_bits(bits: Mapping[Row, float], *, title: str, unit: str) -> Figure:
     """
     Draw one line for every block and role, gate and up in one where they are alike, and one column for every expert.
@@ -104,7 +78,7 @@ def draw_bits(bits: Mapping[Row, float], *, title: str, unit: str) -> Figure:
     Raises:
         EmptyPicture: there is not one routed row.
     """
-    image_of = _bit_map(bits, title)
+    image_of = bit_map(bits, title)
     known = list(bits.values()) or [0.0]
     low, high = min(known), max(known)
     figure = new_figure(9.0, max(2.6, 1.6 + 0.2 * len(image_of.rows)))
@@ -114,23 +88,6 @@ def draw_bits(bits: Mapping[Row, float], *, title: str, unit: str) -> Figure:
     bar.set_label(unit, color=INK)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]  # typed as a descriptor, is a spine
     return figure
-
-
-def _bit_map(bits: Mapping[Row, float], title: str) -> BitMap:
-    lines: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
-    for row, value in bits.items():
-        lines.setdefault((row.block, row.role), {}).setdefault(row.bank, {})[row.expert] = value
-    for block in {block for block, _ in lines}:
-        if lines.get((block, "gate")) == lines.get((block, "up"), {}):
-            lines = {(b, "gate, up") if (b, r) == (block, "gate") else (b, r): v for (b, r), v in lines.items()}
-            del lines[block, "up"]
-    routed = [_in_order(line.get("routed", {})) for line in lines.values()]
-    shared = [line.get("shared", {}).get(0) for line in lines.values()]
-    return BitMap(title, tuple(" ".join(key) for key in lines), tuple(routed), tuple(shared))
-
-
-def _in_order(by_expert: Mapping[int, float]) -> tuple[float, ...]:
-    return tuple(by_expert[expert] for expert in sorted(by_expert))
 
 
 def _describe_allocation(allocation: Allocation) -> str:

@@ -12,25 +12,11 @@ from hypothesis import strategies as st
 from mxmoe.cost import Measured, Profile, Roofline, cost_model
 from mxmoe.cost.measured import DATA
 from mxmoe.device import DEVICES
-from mxmoe.errors import BadProfile, BadScheme, NoProfile, UnknownName
+from mxmoe.errors import BadProfile, NoProfile, UnknownName
 from mxmoe.ir import Scheme, Tile
+from mxmoe.testing import schemes
 
-
-def _build(bits: int, act: int, group: int | None, symmetric: bool, act_format: Any) -> Scheme | None:  # noqa: ANN401
-    try:
-        return Scheme(bits, act, group, symmetric, act_format)
-    except BadScheme:
-        return None
-
-
-ANY_SCHEME = st.builds(
-    _build,
-    st.integers(1, 16),
-    st.sampled_from((4, 5, 6, 7, 8, 16)),
-    st.sampled_from((None, 32, 64, 128)),
-    st.booleans(),
-    st.sampled_from(("bf16", "fp16", "int", "e4m3")),
-).filter(bool)
+ANY_SCHEME = schemes()
 
 RTX4090 = Measured(DEVICES["rtx4090"])
 PATH = DATA / "rtx4090.json"

@@ -1,7 +1,6 @@
 """Laws of the roofline on every device row."""
 
 import math
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,25 +9,11 @@ from hypothesis import strategies as st
 from mxmoe.cost import Roofline
 from mxmoe.cost.roofline import REACHED
 from mxmoe.device import DEVICES, Device
-from mxmoe.errors import BadScheme, BadWorkload
+from mxmoe.errors import BadWorkload
 from mxmoe.ir import Scheme, Tile
+from mxmoe.testing import schemes
 
-
-def _build(bits: int, act: int, group: int | None, symmetric: bool, act_format: Any) -> Scheme | None:  # noqa: ANN401
-    try:
-        return Scheme(bits, act, group, symmetric, act_format)
-    except BadScheme:
-        return None
-
-
-ANY_SCHEME = st.builds(
-    _build,
-    st.integers(1, 16),
-    st.sampled_from((4, 5, 6, 7, 8, 16)),
-    st.sampled_from((None, 32, 64, 128)),
-    st.booleans(),
-    st.sampled_from(("bf16", "fp16", "int", "e4m3")),
-).filter(bool)
+ANY_SCHEME = schemes()
 
 DEVICE = st.sampled_from(list(DEVICES.values()))
 TILES = st.builds(Tile, st.sampled_from((16, 48, 64, 128)), st.sampled_from((64, 128, 256)), st.just(64))

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from mxmoe.errors import MissingInput
-from mxmoe.evaluate.bit_map import bit_map, short_names
+from mxmoe.errors import NothingChosen
 from mxmoe.ir import (
     BankShape,
     BlockShape,
@@ -22,6 +21,7 @@ from mxmoe.ir import (
     moe_ops,
     rows_of,
 )
+from mxmoe.report import BitMap, bit_map, module_bits, plan_bits, short_names, usage
 
 W2, W4 = Scheme.parse("w2a16_g32_asym"), Scheme.parse("w4a16_g64_sym")
 
@@ -48,12 +48,16 @@ def allocate(module: ModuleOp, wide: set[tuple[str, str, str, int]]) -> ModuleOp
     return module
 
 
+def drawn(module: ModuleOp, title: str = "") -> BitMap:
+    return bit_map(module_bits(module), title, usage(module))
+
+
 def test_experts_are_ordered_by_use_and_gate_and_up_are_one_row() -> None:
     module = blocks_of(shared=True)
     for moe, frequency in zip(moe_ops(module), ([0.1, 0.7, 0.2], [0.5, 0.2, 0.3]), strict=True):
         banks(moe)["routed"].route.set_table("frequency", Table(("expert",), np.array(frequency)))
     wide = {("layers.0.mlp", "routed", role, 1) for role in ("gate", "up")} | {("layers.1.mlp", "shared", "down", 0)}
-    found = bit_map(allocate(module, wide), "a plan")
+    found = drawn(allocate(module, wide), "a plan")
     assert found.title == "a plan"
     assert found.rows == ("0 gate, up", "0 down", "1 gate, up", "1 down")
     two, four = W2.effective_bits(64), W4.effective_bits(64)
@@ -65,7 +69,7 @@ def test_experts_are_ordered_by_use_and_gate_and_up_are_one_row() -> None:
 
 def test_gate_and_up_part_where_they_differ() -> None:
     wide = {("layers.0.mlp", "routed", "gate", 0)}
-    found = bit_map(allocate(blocks_of(shared=False), wide), "")
+    found = drawn(allocate(blocks_of(shared=False), wide))
     assert found.rows == ("0 gate", "0 up", "0 down", "1 gate, up", "1 down")
     assert found.routed[0] == (W4.effective_bits(64), W2.effective_bits(64), W2.effective_bits(64))
     assert found.shared == (None,) * 5
@@ -73,13 +77,28 @@ def test_gate_and_up_part_where_they_differ() -> None:
 
 
 def test_experts_without_a_gate() -> None:
-    found = bit_map(allocate(blocks_of(shared=True, gated=False), set()), "")
+    found = drawn(allocate(blocks_of(shared=True, gated=False), set()))
     assert found.rows == ("0 up", "0 down", "1 up", "1 down")
 
 
 def test_a_module_without_choices_is_refused() -> None:
-    with pytest.raises(MissingInput, match="run allocate-bits or apply-plan first"):
-        bit_map(blocks_of(shared=True), "")
+    with pytest.raises(NothingChosen, match="run allocate-bits or apply-plan first"):
+        module_bits(blocks_of(shared=True))
+
+
+def test_a_plan_alone_is_drawn_by_its_codes() -> None:
+    rows = rows_of(blocks_of(shared=True))
+    found = bit_map(plan_bits(Plan(dict.fromkeys(rows, W4))), "")
+    assert found.rows == ("0 gate, up", "0 down", "1 gate, up", "1 down")
+    assert found.routed == ((4.0, 4.0, 4.0),) * 4
+    assert found.shared == (4.0,) * 4
+
+
+def test_a_block_that_is_only_shared_is_drawn_as_its_experts() -> None:
+    module = build_module([BlockShape("mlp", 64, (bank("shared", 1, "mlp"),))], (W2, W4))
+    found = drawn(allocate(module, set()))
+    assert found.routed == ((W2.effective_bits(64),), (W2.effective_bits(128),))
+    assert found.shared == (None, None)
 
 
 @pytest.mark.parametrize(
