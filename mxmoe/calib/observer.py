@@ -17,7 +17,7 @@ from mxmoe.calib.like import LiftedLike
 from mxmoe.calib.stats import Stats
 from mxmoe.errors import BadOption
 from mxmoe.ir import Scheme
-from mxmoe.quant import QUANTIZERS, Quantizer
+from mxmoe.quant import Quantizer, find_quantizer
 
 Run = Callable[[nn.Module, Any], object]
 """Runs one batch through the lifted module."""
@@ -135,7 +135,7 @@ class _Session:
         self.schemes = tuple(dict.fromkeys(Scheme.parse(str(scheme)) for scheme in schemes))
         if not self.schemes:
             raise BadOption(name="observe", option="schemes=()", reason="there must be at least one scheme")
-        self.quantizer: Quantizer = QUANTIZERS[quantizer] if isinstance(quantizer, str) else quantizer
+        self.quantizer = find_quantizer(quantizer)
         self.bound = max_buffer_mb * 1e6
         self.max_rows = int(max_rows)
         self.buffers = {

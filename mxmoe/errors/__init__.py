@@ -1,5 +1,6 @@
 """Every mistake a user can make, one class each, with the way out in the message."""
 
+from mxmoe.errors.ahead import AheadFailed, BrokenCubin, MissingTool
 from mxmoe.errors.base import MxmoeError
 from mxmoe.errors.modules import (
     BadActivation,
@@ -57,10 +58,12 @@ from mxmoe.errors.planning import (
     TextTooShort,
     WrongStage,
 )
+from mxmoe.errors.quantizing import BadHessian, BadQuantizer, BrokenHessians, MissingHessians
 from mxmoe.errors.running import (
     BackendsDisagree,
     BadArgument,
     BadDemoFolder,
+    BadDispatch,
     BadHidden,
     BadRouting,
     BadSetting,
@@ -102,6 +105,7 @@ from mxmoe.errors.values import (
 )
 
 __all__ = [
+    "AheadFailed",
     "BackendsDisagree",
     "BadActivation",
     "BadArgument",
@@ -109,7 +113,9 @@ __all__ = [
     "BadCalibration",
     "BadDemoFolder",
     "BadDevice",
+    "BadDispatch",
     "BadExperts",
+    "BadHessian",
     "BadHidden",
     "BadObjective",
     "BadOption",
@@ -119,6 +125,7 @@ __all__ = [
     "BadProblem",
     "BadProfile",
     "BadQuantized",
+    "BadQuantizer",
     "BadRouting",
     "BadScheme",
     "BadSetting",
@@ -133,7 +140,9 @@ __all__ = [
     "BadWeightShape",
     "BadWorkload",
     "BrokenCheckpoint",
+    "BrokenCubin",
     "BrokenEntry",
+    "BrokenHessians",
     "BrokenStats",
     "BrokenTinyModel",
     "CompiledAlready",
@@ -148,8 +157,10 @@ __all__ = [
     "LiftMismatch",
     "MetaWeights",
     "MissingCost",
+    "MissingHessians",
     "MissingInput",
     "MissingTinyModel",
+    "MissingTool",
     "MxmoeError",
     "NeedsBlock",
     "NoCheckpoint",

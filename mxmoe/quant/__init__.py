@@ -8,9 +8,10 @@ from mxmoe.quant.activation import fake_quantize_activation, largest_act_code, q
 from mxmoe.quant.acts import ACT_PARAMS, ACTS, POINTWISE, apply_act
 from mxmoe.quant.formats import FORMATS, Format
 from mxmoe.quant.matmul import matmul
+from mxmoe.quant.options import WithOptions
 from mxmoe.quant.packing import code_position, decode_code, encode_word, pack, pack_codes, unpack, unpack_codes
 from mxmoe.quant.quantized import Packed, Quantized, n_payload_bytes, scale_dtype
-from mxmoe.quant.quantizers import QUANTIZERS, Quantizer
+from mxmoe.quant.quantizers import QUANTIZERS, Quantizer, find_quantizer, needs_hessian
 from mxmoe.quant.rtn import checked_weight, dequantize, quantize
 from mxmoe.quant.tolerance import block_tolerance, tolerance
 from mxmoe.quant.weights import PackedWeights, Weights
@@ -27,6 +28,7 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "Weights",
+    "WithOptions",
     "apply_act",
     "block_tolerance",
     "checked_weight",
@@ -35,9 +37,11 @@ __all__ = [
     "dequantize",
     "encode_word",
     "fake_quantize_activation",
+    "find_quantizer",
     "largest_act_code",
     "matmul",
     "n_payload_bytes",
+    "needs_hessian",
     "pack",
     "pack_codes",
     "quantize",

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mxmoe.ir import Scheme
+from mxmoe.quant.options import split_options, with_options
 from mxmoe.quant.quantized import Quantized
 from mxmoe.registry import Registry
 
@@ -16,7 +17,7 @@ class Quantizer(Protocol):
     A function that chooses the codes of a weight: `quantizer(weight, scheme, name="experts.3.up") -> Quantized`.
 
     The result has the given scheme and the weight's shape; float schemes are a cast for every quantizer. Refuse what
-    `mxmoe.quant.checked_weight` refuses.
+    `mxmoe.quant.checked_weight` refuses. One with options is an instance of a `WithOptions` dataclass.
     """
 
     def __call__(
@@ -35,4 +36,34 @@ class Quantizer(Protocol):
         ...
 
 
-QUANTIZERS = Registry("quantizer", "mxmoe.quantizers", {"rtn": "mxmoe.quant.rtn:quantize"})
+QUANTIZERS = Registry(
+    "quantizer",
+    "mxmoe.quantizers",
+    {
+        "rtn": "mxmoe.quant.rtn:quantize",
+    },
+)
+"""Name -> a function, or the instance with default options of a dataclass: a quantizer in both cases."""
+
+
+def find_quantizer(quantizer: str | Quantizer) -> Quantizer:
+    """
+    Return the quantizer of a name, of `name{option=value option=value}`, or the one that is given.
+
+    find_quantizer("gptq{damping=0.05 act-order=false}") is Gptq(damping=0.05, act_order=False), whose `str` is the
+    text again.
+
+    Raises:
+        BadQuantizer: the text does not parse.
+        UnknownName: no quantizer of that name.
+        BadOption: an option that it does not have, or a value that the option cannot take.
+    """
+    if not isinstance(quantizer, str):
+        return quantizer
+    name, options = split_options(quantizer)
+    return with_options(QUANTIZERS[name], name, options)
+
+
+def needs_hessian(quantizer: str | Quantizer) -> bool:
+    """Say whether a quantizer declares that it is only itself with Hessians; raises what `find_quantizer` raises."""
+    return bool(getattr(find_quantizer(quantizer), "needs_hessian", False))

@@ -10,7 +10,7 @@ from mxmoe.errors import BadWeight, NoSuchExpert, PackedAs, PackedOnly, UnknownN
 from mxmoe.ir import Scheme
 from mxmoe.quant.packing import pack, unpack
 from mxmoe.quant.quantized import Packed, Quantized
-from mxmoe.quant.quantizers import QUANTIZERS, Quantizer
+from mxmoe.quant.quantizers import Quantizer, find_quantizer
 from mxmoe.registry import near_names
 
 Loader = Tensor | Callable[[], Tensor]
@@ -41,7 +41,7 @@ class Weights(Mapping[str, Tensor]):
             hessians: (name, expert) -> hessian [in, in] or None, for quantizers that use it.
         """
         self._loaders = dict(loaders)
-        self._quantizer: Quantizer = QUANTIZERS[quantizer] if isinstance(quantizer, str) else quantizer
+        self._quantizer = find_quantizer(quantizer)
         self._hessians = hessians
         self._latest: tuple[str, Tensor] | None = None
 
