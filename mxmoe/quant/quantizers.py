@@ -40,7 +40,10 @@ QUANTIZERS = Registry(
     "quantizer",
     "mxmoe.quantizers",
     {
+        "gptq": "mxmoe.quant.gptq:gptq",
         "rtn": "mxmoe.quant.rtn:quantize",
+        "rtn_mse": "mxmoe.quant.clip:rtn_mse",
+        "hqq": "mxmoe.quant.hqq:hqq",
     },
 )
 """Name -> a function, or the instance with default options of a dataclass: a quantizer in both cases."""
