@@ -35,6 +35,12 @@ class BadDemoFolder(MxmoeError):
     message = "cannot write to {folder}: {reason}; name another folder"
 
 
+class BadDispatch(MxmoeError):
+    """Classes of tiles that cannot be scheduled."""
+
+    message = "cannot schedule tiles: {reason}; give every expert a group, and every group its heights, each once"
+
+
 class NotLowered(MxmoeError):
     """A backend that runs group GEMMs is given a block that has none yet."""
 
