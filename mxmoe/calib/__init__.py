@@ -9,38 +9,72 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mxmoe.calib.stats import BANK_MEAN, BankStats, Norm, Stats
+from mxmoe.calib.stats import BANK_MEAN, BankStats, Coverage, Norm, Stats
 
 if TYPE_CHECKING:
-    from mxmoe.calib.inputs import Batch, Inputs
+    from mxmoe.calib.facts import CHEAP, FACTS, Fact
+    from mxmoe.calib.gather import HessianOptions, HessiansByBlock, collect_hessians, rereadable
+    from mxmoe.calib.gradients import Loss, next_token_loss
+    from mxmoe.calib.hessians import BankHessians, Hessians
+    from mxmoe.calib.inputs import Batch, Feed, Inputs
     from mxmoe.calib.observer import observe, observe_weights
     from mxmoe.calib.reduce import Expert, ExpertError, Reduction
+    from mxmoe.calib.router import Router, find_router
     from mxmoe.calib.sources import byte_windows
 
 _HOME = {
+    "CHEAP": "mxmoe.calib.facts",
+    "FACTS": "mxmoe.calib.facts",
+    "BankHessians": "mxmoe.calib.hessians",
     "Batch": "mxmoe.calib.inputs",
     "Expert": "mxmoe.calib.reduce",
     "ExpertError": "mxmoe.calib.reduce",
+    "Fact": "mxmoe.calib.facts",
+    "Feed": "mxmoe.calib.inputs",
+    "HessianOptions": "mxmoe.calib.gather",
+    "Hessians": "mxmoe.calib.hessians",
+    "HessiansByBlock": "mxmoe.calib.gather",
     "Inputs": "mxmoe.calib.inputs",
+    "Loss": "mxmoe.calib.gradients",
     "Reduction": "mxmoe.calib.reduce",
+    "Router": "mxmoe.calib.router",
     "byte_windows": "mxmoe.calib.sources",
+    "collect_hessians": "mxmoe.calib.gather",
+    "find_router": "mxmoe.calib.router",
+    "next_token_loss": "mxmoe.calib.gradients",
     "observe": "mxmoe.calib.observer",
     "observe_weights": "mxmoe.calib.observer",
+    "rereadable": "mxmoe.calib.gather",
 }
 
 __all__ = [
     "BANK_MEAN",
+    "CHEAP",
+    "FACTS",
+    "BankHessians",
     "BankStats",
     "Batch",
+    "Coverage",
     "Expert",
     "ExpertError",
+    "Fact",
+    "Feed",
+    "HessianOptions",
+    "Hessians",
+    "HessiansByBlock",
     "Inputs",
+    "Loss",
     "Norm",
     "Reduction",
+    "Router",
     "Stats",
     "byte_windows",
+    "collect_hessians",
+    "find_router",
+    "next_token_loss",
     "observe",
     "observe_weights",
+    "rereadable",
 ]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -29,12 +30,34 @@ class Routed:
     """[rows, k], the router's weights."""
     factor: Tensor | None = None
     """[rows], what the block multiplies the bank's output with afterwards; None: nothing."""
+    gradient: Tensor | None = None
+    """[rows, hidden], derivative of the loss by the bank's output; None: no loss was asked for."""
 
     @property
     def n_bytes(self) -> int:
         """Memory that it holds."""
-        held = (self.hidden, self.index, self.weight, self.factor)
+        held = (self.hidden, self.index, self.weight, self.factor, self.gradient)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+@dataclass(frozen=True)
+class How:
+    """What a reduction is made with."""
+
+    weights: Mapping[str, Tensor]
+    """Name -> weights [experts, n, k] or biases [experts, n]."""
+    schemes: Sequence[Scheme]
+    quantizer: Quantizer
+    rows: int
+    """Rows of one expert at a time."""
+    keep_bytes: float
+    """Quantized weights of one expert that may be kept from chunk to chunk."""
+    after: Callable[[], object] = lambda: None
+    """Called after each expert, for progress."""
+
+    def watched(self, after: Callable[[], object]) -> How:
+        """Return the same, with another `after`."""
+        return replace(self, after=after)
 
 
 @dataclass
@@ -48,13 +71,14 @@ class BankBuffer:
     measured_at_bank: bool = False
     n_tokens: int = 0
     macs: int = 0
+    has_gradients: bool = False
 
     def __post_init__(self) -> None:
         shape = self.bank.shape
         self.tokens = np.zeros(shape.experts, np.int64)
-        self.mass = np.zeros(shape.experts)
-        self.squared_output = np.zeros(shape.experts)
+        self.mass, self.squared_output, self.output_norm = (np.zeros(shape.experts) for _ in range(3))
         self.squared_error = {role: np.zeros((shape.experts, self.n_schemes)) for role in shape.weights}
+        self.fisher_error = {role: np.zeros((shape.experts, self.n_schemes)) for role in shape.weights}
 
     @property
     def n_bytes(self) -> int:
@@ -66,40 +90,52 @@ class BankBuffer:
         self.n_tokens += len(routed.hidden)
         self.waiting.append(routed)
 
-    def reduce(self, weights: Mapping[str, Tensor], schemes: Sequence[Scheme], quantizer: Quantizer, rows: int) -> None:
-        """Turn what waits into sums, expert by expert, at most `rows` rows at a time."""
+    def reduce(self, how: How) -> None:
+        """Turn what waits into sums, expert by expert."""
         if not self.waiting:
             return
-        shape, waiting = self.bank.shape, self.waiting
-        # asked for once per bank: a list of MLPs is copied into a stack each time
-        stacks = {role: weights[name] for role, name in shape.weights.items()}
-        biases = {role: weights[name] for role, name in shape.biases.items()}
-        for index in range(shape.experts):
-            places = [_places(routed, index) for routed in waiting]
-            if not any(len(row) for _, row, _ in places):
-                continue
-            device = waiting[0].hidden.device
-            expert = Expert(
-                shape,
-                {role: stack[index].to(device, torch.float32) for role, stack in stacks.items()},
-                {role: stack[index].to(device, torch.float32) for role, stack in biases.items()},
-                f"{self.block.name}.{self.bank.shape.name}[{index}]",
-                _post(self.bank),
-            )
-            reduction = Reduction(expert, schemes, quantizer)
-            for hidden, weight, factor in _gather(places, rows):
-                self.tokens[index] += len(hidden)
-                self.mass[index] += float(weight.double().sum())
-                reduction.add(hidden, weight if factor is None else weight * factor)
-            self.squared_output[index] += reduction.result.squared_output
-            for role, error in reduction.result.squared_error.items():
-                self.squared_error[role][index] += error
-            self.macs += reduction.result.macs
+        rows = _ByExpert(self.waiting, self.bank.shape.experts)
         self.waiting = []
+        shape = self.bank.shape
+        # asked for once per bank: a list of MLPs is copied into a stack each time
+        stacks = {role: how.weights[name] for role, name in shape.weights.items()}
+        biases = {role: how.weights[name] for role, name in shape.biases.items()}
+        for index in range(shape.experts):
+            if rows.count(index):
+                expert = Expert(
+                    shape,
+                    {role: stack[index].to(rows.device, torch.float32) for role, stack in stacks.items()},
+                    {role: stack[index].to(rows.device, torch.float32) for role, stack in biases.items()},
+                    f"{self.block.name}.{self.bank.shape.name}[{index}]",
+                    _post(self.bank),
+                )
+                keep = how.keep_bytes if rows.count(index) > how.rows else 0
+                reduction = Reduction(expert, how.schemes, how.quantizer, keep_bytes=keep)
+                with _products(rows.hidden, next(iter(stacks.values()))):
+                    self._add(index, rows, reduction, how.rows)
+            how.after()
 
-    def stats(self) -> BankStats:
+    def _add(self, index: int, rows: _ByExpert, reduction: Reduction, at_once: int) -> None:
+        """Reduce the rows of one expert."""
+        is_list = self.bank.kind == "module_list"
+        self.tokens[index] += rows.count(index)
+        for hidden, weight, factor, gradient in rows.of(index, at_once):
+            # a block that calls a list of experts weighs their rows itself: its factor is the router's weight
+            self.mass[index] += float((weight * factor if is_list else weight).double().sum())
+            slope = None if gradient is None else gradient * weight[:, None]
+            reduction.add(hidden, weight * factor, slope)
+            self.has_gradients |= slope is not None
+        result = reduction.result
+        self.squared_output[index] += result.squared_output
+        self.output_norm[index] += result.output_norm
+        for role in result.squared_error:
+            self.squared_error[role][index] += result.squared_error[role]
+            self.fisher_error[role][index] += result.fisher_error[role]
+        self.macs += result.macs
+
+    def stats(self, facts: Mapping[str, Mapping[str, np.ndarray]]) -> BankStats:
         """
-        Give the sums.
+        Give the sums, and what is known of the weights.
 
         Raises:
             NothingObserved: no row ever reached the bank.
@@ -108,7 +144,7 @@ class BankBuffer:
         if not self.tokens.any():
             raise NothingObserved(bank=self.bank.shape.name, block=self.block.name)
         finite = np.isfinite(self.squared_output)
-        for error in self.squared_error.values():
+        for error in (*self.squared_error.values(), *self.fisher_error.values()):
             finite &= np.isfinite(error).all(axis=1)
         if not finite.all():
             bad = int(np.flatnonzero(~finite)[0])
@@ -120,23 +156,59 @@ class BankBuffer:
             self.squared_output,
             self.squared_error,
             "bank" if self.measured_at_bank else "block",
+            self.output_norm,
+            self.fisher_error if self.has_gradients else {},
+            facts,
         )
 
 
-def _places(routed: Routed, expert: int) -> tuple[Routed, Tensor, Tensor]:
-    """Give the rows and slots that go to one expert."""
-    row, slot = torch.where(routed.index == expert)
-    return routed, row, slot
+class _ByExpert:
+    """Waiting rows in one piece, and where each expert's are: one sort and one transfer for the whole bank."""
+
+    def __init__(self, waiting: Sequence[Routed], experts: int) -> None:
+        self.hidden = _joined([routed.hidden for routed in waiting])
+        self.weight = _joined([routed.weight.float() for routed in waiting])
+        self.factor = _joined([_factor(routed) for routed in waiting])
+        gradients = [routed.gradient for routed in waiting if routed.gradient is not None]
+        self.gradient = _joined(gradients) if len(gradients) == len(waiting) else None
+        self.device, self.k = self.hidden.device, self.weight.shape[1]
+        index = _joined([routed.index for routed in waiting]).flatten()
+        ranked, self.order = index.sort(stable=True)
+        edges = torch.arange(experts + 1, device=index.device, dtype=index.dtype)
+        self.starts: list[int] = torch.searchsorted(ranked, edges).tolist()
+
+    def count(self, expert: int) -> int:
+        return self.starts[expert + 1] - self.starts[expert]
+
+    def of(self, expert: int, at_once: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """Give one expert's rows in chunks: hidden, weight, factor, gradient."""
+        for places in self.order[self.starts[expert] : self.starts[expert + 1]].split(at_once):
+            row = places // self.k
+            gradient = None if self.gradient is None else self.gradient[row].float()
+            yield self.hidden[row], self.weight.flatten()[places], self.factor[row], gradient
 
 
-def _gather(places: Sequence[tuple[Routed, Tensor, Tensor]], rows: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """Collect one expert's rows over all that waits, in chunks of `rows`: hidden, weight, factor."""
-    hidden = torch.cat([routed.hidden[row] for routed, row, _ in places])
-    weight = torch.cat([routed.weight[row, slot].float() for routed, row, slot in places])
-    ones = torch.ones_like(weight)
-    factors = [ones[: len(row)] if routed.factor is None else routed.factor[row] for routed, row, _ in places]
-    factor = torch.cat([part.to(weight) for part in factors])
-    return list(zip(hidden.split(rows), weight.split(rows), factor.split(rows), strict=True))
+@contextmanager
+def _products(*factors: Tensor) -> Generator[None]:
+    """Multiply in TF32 on a GPU where all factors came in 16 bits: it holds them exactly."""
+    if not all(factor.is_cuda and factor.element_size() == 2 for factor in factors):
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _factor(routed: Routed) -> Tensor:
+    ones = torch.ones(len(routed.hidden), device=routed.hidden.device)
+    return ones if routed.factor is None else routed.factor.to(ones)
 
 
 def _post(bank: BankLike) -> Post | None:

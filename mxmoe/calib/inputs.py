@@ -128,19 +128,17 @@ class Feed:
             return f"{type(self.root).__name__} cannot be called with it alone ({error}): pass a mapping of arguments"
         return None
 
-    def run(self, batch: Batch) -> None:
-        """Run a batch through the module."""
+    def run(self, batch: Batch) -> object:
+        """Run a batch through the module, and return what the module does."""
         if isinstance(batch, Mapping):
             named = {key: v.to(self.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
-            self.root(**self._without_cache(named))
-            return
+            return self.root(**self._without_cache(named))
         assert isinstance(batch, Tensor), f"{type(batch)} goes to the experts"
         # a block wants sequences; a model wants batches of them
         wide = batch[None] if batch.dim() == (2 if self.is_block else 1) else batch
         if self.is_block:
-            self.root(wide.to(self.device, self.dtype))
-        else:
-            self.root(**self._without_cache({"input_ids": wide.to(self.device)}))
+            return self.root(wide.to(self.device, self.dtype))
+        return self.root(**self._without_cache({"input_ids": wide.to(self.device)}))
 
     def routed(self, batch: Batch) -> Routed:
         """Give a batch as rows for the experts that stand alone, spread evenly if it has no routing."""

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from mxmoe.calib.buffers import BankBuffer
-from mxmoe.calib.collect import BlockCollector
+from mxmoe.calib.facts import CHEAP, FACTS
+from mxmoe.calib.gradients import Loss, differentiate, frozen, next_token_loss
 from mxmoe.calib.inputs import Feed, Inputs, device_of, spread
 from mxmoe.calib.like import LiftedLike
+from mxmoe.calib.session import Session
 from mxmoe.calib.stats import Stats
 from mxmoe.errors import BadOption
 from mxmoe.ir import Scheme
-from mxmoe.quant import Quantizer, find_quantizer
+from mxmoe.quant import Quantizer
 
 Run = Callable[[nn.Module, Any], object]
 """Runs one batch through the lifted module."""
@@ -29,8 +30,10 @@ def observe(
     *,
     schemes: Sequence[Scheme | str],
     run: Run | None = None,
+    gradients: bool | Loss = False,
+    facts: Sequence[str] = CHEAP,
     min_tokens: int = 32,
-    max_buffer_mb: float = 512,
+    max_buffer_mb: float | None = None,
     max_rows: int = 8192,
     quantizer: str | Quantizer = "rtn",
     quiet: bool = False,
@@ -42,14 +45,25 @@ def observe(
     The sums are exact over all data: neither the bound nor the batches change them beyond float32 rounding. What the
     block does to a bank's output afterwards (a shared expert's gate, a scaling factor) is asked of the block itself.
 
+    With gradients every batch is also run backwards, and the same errors are weighed a second time, by the squared
+    derivative of the loss in every channel of the bank's output (`BankStats.fisher_error`).
+
+    Memory, besides the module and one call's activations (all layers' with gradients): the waiting rows, once more
+    while they are sorted by expert, and what `Reduction.add` says for `max_rows` rows. On a GPU products of rows and
+    weights that both came in 16 bits run in TF32, whose 11 bits hold them; a product with a quantized weight is then
+    off by 2^-12 of itself at most in each factor, against the 2^-9 of the finest integer scheme's step.
+
     Args:
         lifted: what `lift` returned; it is left as it was.
         inputs: see `mxmoe.calib.inputs.Batch`: a batch or an iterable of them.
         schemes: to evaluate each linear under, by value or name.
-        run: runs one batch through `lifted.root`; by default tensors are token ids of a model or hidden states of a
-            block, and mappings are keyword arguments.
+        run: runs one batch through `lifted.root` and returns what it gives; by default tensors are token ids of a model
+            or hidden states of a block, and mappings are keyword arguments.
+        gradients: True for the loss of the next token, or a function (output, batch) -> loss; False for none.
+        facts: what to find out of the weights themselves, names in `FACTS`.
         min_tokens: experts with fewer tokens take the `BANK_MEAN` fallback of the statistics.
-        max_buffer_mb: bound on the memory of waiting rows, over all blocks, 10^6 bytes; one call may exceed it.
+        max_buffer_mb: bound on the memory of waiting rows, over all blocks, 10^6 bytes; one call may exceed it. None
+            takes 512 on a CPU, and a quarter of the free memory of a GPU.
         max_rows: rows of one expert that are reduced at a time; bounds the memory of a reduction.
         quantizer: how weights are quantized, a name in `QUANTIZERS` or such a function.
         quiet: no progress bar.
@@ -57,26 +71,37 @@ def observe(
     Raises:
         EmptyCalibration, NonFiniteCalibration, BadCalibration: in the data; sequences are checked before any work.
         BadScheme: a scheme name that is none.
-        BadOption: a bound that is not positive.
+        BadOption: a bound that is not positive, gradients where there is no loss.
+        UnknownName: no such quantizer or fact.
         NothingObserved: a bank that no token reached.
         NonFiniteObservation: activations within the model that are not finite.
         NonFiniteWeights: from the quantizer.
     """
-    session = _Session(lifted, schemes, max_buffer_mb, max_rows, quantizer)
+    loss = next_token_loss if gradients is True else gradients or None
+    session = Session(lifted, schemes, max_buffer_mb, max_rows, quantizer, gradients=loss is not None)
+    _ = [FACTS[name] for name in facts]  # an unknown name is to be found out now
     feed = Feed(lifted)
+    if loss is not None:
+        _refuse_without_loss(feed, gradients)
     batches, count = feed.batches(inputs) if run is None else _unchecked(inputs)
-    with torch.no_grad(), _evaluating(lifted.root), session.hooked():
+    with evaluating(lifted.root), session.hooked():
         for batch in tqdm(batches, desc="observing", total=count, disable=quiet, unit="batch"):
-            if run is not None:
-                run(lifted.root, batch)
-            elif feed.experts is None:
-                feed.run(batch)
+            if feed.experts is not None and run is None:
+                with torch.no_grad():
+                    session.push(feed.routed(batch))
+            elif loss is None:
+                with torch.no_grad():
+                    _ = feed.run(batch) if run is None else run(lifted.root, batch)
+                    session.flush()
             else:
-                session.push(feed.routed(batch))
-            session.flush()
-        session.reduce(quiet=quiet)
+                with frozen(lifted.root), torch.enable_grad():
+                    output = feed.run(batch) if run is None else run(lifted.root, batch)
+                    session.flush()
+                    differentiate(loss(output, batch), session.collectors)
+        with torch.no_grad():
+            session.reduce(quiet=quiet)
     routing = "observed" if feed.has_own_routing else "uniform"
-    return session.stats(Stats((), {}, min_tokens, routing=routing))
+    return session.stats(Stats((), {}, min_tokens, routing=routing), facts, quiet=quiet)
 
 
 def observe_weights(
@@ -85,6 +110,7 @@ def observe_weights(
     *,
     tokens_per_expert: int = 64,
     seed: int = 0,
+    facts: Sequence[str] = CHEAP,
     max_rows: int = 8192,
     quantizer: str | Quantizer = "rtn",
     quiet: bool = False,
@@ -96,13 +122,14 @@ def observe_weights(
     in the activations, or of what the block does to a bank's output.
 
     Raises:
-        BadScheme, BadOption, NonFiniteWeights: as `observe`.
+        BadScheme, BadOption, UnknownName, NonFiniteWeights: as `observe`.
     """
     if tokens_per_expert < 1:
         raise BadOption(
             name="observe_weights", option=f"tokens_per_expert={tokens_per_expert}", reason="it is at least 1"
         )
-    session = _Session(lifted, schemes, float("inf"), max_rows, quantizer)
+    session = Session(lifted, schemes, float("inf"), max_rows, quantizer)
+    _ = [FACTS[name] for name in facts]
     device = device_of(lifted.root)
     blocks = tqdm(lifted.blocks, desc="estimating", disable=quiet, unit="block")
     with torch.no_grad():
@@ -114,79 +141,18 @@ def observe_weights(
             for name, bank in block.banks.items():
                 session.buffers[block.name, name].push(spread(hidden, bank))
             session.reduce_block(block.name)
-    return session.stats(Stats((), {}, 0, data_free=True, routing="uniform"))
+    return session.stats(Stats((), {}, 0, data_free=True, routing="uniform"), facts, quiet=quiet)
 
 
-class _Session:
-    """Buffers of all banks, and the bound on what they hold."""
-
-    def __init__(
-        self,
-        lifted: LiftedLike,
-        schemes: Sequence[Scheme | str],
-        max_buffer_mb: float,
-        max_rows: int,
-        quantizer: str | Quantizer,
-    ) -> None:
-        for option, value in (("max_buffer_mb", max_buffer_mb), ("max_rows", max_rows)):
-            if not value > 0:
-                raise BadOption(name="observe", option=f"{option}={value}", reason="it must be positive")
-        self.lifted = lifted
-        self.schemes = tuple(dict.fromkeys(Scheme.parse(str(scheme)) for scheme in schemes))
-        if not self.schemes:
-            raise BadOption(name="observe", option="schemes=()", reason="there must be at least one scheme")
-        self.quantizer = find_quantizer(quantizer)
-        self.bound = max_buffer_mb * 1e6
-        self.max_rows = int(max_rows)
-        self.buffers = {
-            (block.name, name): BankBuffer(block, bank, len(self.schemes))
-            for block in lifted.blocks
-            for name, bank in block.banks.items()
-        }
-        self.collectors = [
-            BlockCollector(block, {name: self.buffers[block.name, name] for name in block.banks}, self.bounded)
-            for block in lifted.blocks
-        ]
-
-    @contextmanager
-    def hooked(self) -> Generator[None]:
-        with ExitStack() as stack:
-            for collector in self.collectors:
-                stack.enter_context(collector.hooked())
-            yield
-
-    def push(self, routed: object) -> None:
-        """Add rows for experts that stand alone."""
-        next(iter(self.buffers.values())).push(cast("Any", routed))
-        self.bounded()
-
-    def flush(self) -> None:
-        for collector in self.collectors:
-            collector.flush()
-
-    def bounded(self) -> None:
-        """Reduce the fullest banks until what waits is within the bound."""
-        while sum(buffer.n_bytes for buffer in self.buffers.values()) > self.bound:
-            fullest = max(self.buffers.values(), key=lambda buffer: buffer.n_bytes)
-            fullest.reduce(self.lifted.weights, self.schemes, self.quantizer, self.max_rows)
-
-    def reduce_block(self, block: str) -> None:
-        for (name, _), buffer in self.buffers.items():
-            if name == block:
-                buffer.reduce(self.lifted.weights, self.schemes, self.quantizer, self.max_rows)
-
-    def reduce(self, *, quiet: bool) -> None:
-        """Reduce all that waits."""
-        blocks = tqdm(self.lifted.blocks, desc="reducing", disable=quiet, unit="block")
-        for block in blocks:
-            blocks.set_postfix_str(block.name)
-            self.reduce_block(block.name)
-
-    def stats(self, like: Stats) -> Stats:
-        """Give all sums, with the options of `like`."""
-        banks = {key: buffer.stats() for key, buffer in self.buffers.items()}
-        macs = sum(buffer.macs for buffer in self.buffers.values())
-        return Stats(self.schemes, banks, like.min_tokens, like.data_free, like.routing, macs)
+def _refuse_without_loss(feed: Feed, gradients: bool | Loss) -> None:
+    """Raise where there is nothing to differentiate."""
+    reason = None
+    if feed.experts is not None:
+        reason = "experts alone have no loss; observe the model that they are in"
+    elif feed.is_block and gradients is True:
+        reason = "a block has no loss of its own; observe the model, or pass a function (output, batch) -> loss"
+    if reason:
+        raise BadOption(name="observe", option="gradients", reason=reason)
 
 
 def _unchecked(inputs: Inputs) -> tuple[Any, int | None]:
@@ -196,7 +162,7 @@ def _unchecked(inputs: Inputs) -> tuple[Any, int | None]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Generator[None]:
+def evaluating(module: nn.Module) -> Generator[None]:
     """Switch dropout and router jitter off, and give every submodule its mode back."""
     modes = {child: child.training for child in module.modules()}
     module.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,15 +17,22 @@ Post = Callable[[Tensor], Tensor]
 """Applied to an expert's output rows before their router weight, e.g. a norm."""
 
 
-@dataclass
+Errors = Mapping[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
 class ExpertError:
     """What one expert's rows added up to."""
 
-    squared_output: float = 0.0
+    squared_output: float
     """Sum over tokens of ||w f(x)||^2."""
-    squared_error: dict[str, NDArray[np.float64]] = field(default_factory=dict[str, NDArray[np.float64]])
+    output_norm: float
+    """Sum over tokens of ||w f(x)||."""
+    squared_error: Errors
     """Role -> [scheme], sum over tokens of ||w (f_q(x) - f(x))||^2 with only that linear quantized."""
-    macs: int = 0
+    fisher_error: Errors
+    """Role -> [scheme], the same with every channel weighed by the squared gradient there; zeros without gradients."""
+    macs: int
     """Multiply-adds of all products that were executed."""
 
 
@@ -62,34 +69,67 @@ class Reduction:
         up    up and down of the expert's own rows; gate is reused
         down  down alone, from the hidden rows that are there
 
-    5 products per scheme and 3 for the reference, instead of every expert's 3 for every (expert, role, scheme).
+    5 products per scheme and 3 for the reference, instead of every expert's 3 for every (expert, role, scheme). Where
+    rows come with the gradient of a loss, the same changes are also summed as that loss sees them, to second order
+    (GEMQ, arXiv 2605.23078, and ModelOpt's auto_quantize): no product is added.
+
+    Everything stays on the rows' device until `result` is asked for.
     """
 
-    def __init__(self, expert: Expert, schemes: Sequence[Scheme], quantizer: Quantizer) -> None:
-        """Reduce over `schemes`, with weights quantized by `quantizer`."""
+    def __init__(
+        self, expert: Expert, schemes: Sequence[Scheme], quantizer: Quantizer, *, keep_bytes: float = 0
+    ) -> None:
+        """Reduce over `schemes`, with weights quantized by `quantizer`; of these `keep_bytes` outlive a chunk."""
         self.expert = expert
         self.schemes = tuple(schemes)
         self.quantizer = quantizer
-        self.result = ExpertError(squared_error={role: np.zeros(len(self.schemes)) for role in expert.weights})
+        self.roles = tuple(expert.weights)
+        self.macs = 0
+        device = next(iter(expert.weights.values())).device
+        shape = (len(self.roles), len(self.schemes))
+        self._output = torch.zeros(2, dtype=torch.float64, device=device)
+        self._squared = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._fisher = torch.zeros(shape, dtype=torch.float64, device=device)
+        size = sum(weight.numel() * 4 for weight in expert.weights.values()) * len(self.schemes)
+        self._kept: dict[tuple[str, Scheme], Tensor] | None = {} if size <= keep_bytes else None
 
-    def add(self, rows: Tensor, weight: Tensor) -> None:
+    @property
+    def result(self) -> ExpertError:
+        """The sums so far."""
+        squared_output, output_norm = self._output.tolist()
+        squared, fisher = (
+            dict(zip(self.roles, sums.cpu().numpy().copy(), strict=True)) for sums in (self._squared, self._fisher)
+        )
+        return ExpertError(squared_output, output_norm, squared, fisher, self.macs)
+
+    def add(self, rows: Tensor, weight: Tensor, gradient: Tensor | None = None) -> None:
         """
-        Add rows [rows, hidden] (any float dtype) with their router weights [rows].
+        Add rows and what becomes of them.
 
         The cost is (3 + 5 schemes) products of rows x hidden x intermediate; one product less and two without a gate.
+        Memory: about twelve float32 tensors of [rows, wider of hidden and intermediate], and one cast of the rows for
+        each way in which schemes read activations.
+
+        Args:
+            rows: [rows, hidden], any float dtype.
+            weight: [rows], what the expert's output is multiplied with.
+            gradient: [rows, hidden], derivative of the loss by the expert's output f(x); None: there is no loss.
         """
         x, squared_weight = rows.float(), weight.double().square()
-        expert, result = self.expert, self.result
+        slope = None if gradient is None else gradient.float()
+        expert = self.expert
         gate = self._linear("gate", x) if expert.shape.gated else None
         up = self._linear("up", x)
         hidden = expert.act(gate, up)
         output = self._linear("down", hidden)
         reference = self._post(output)
-        result.squared_output += _weighted(reference, squared_weight)
+        squares = reference.square().sum(-1).double()
+        self._output[0] += squares @ squared_weight
+        self._output[1] += squares.sqrt() @ squared_weight.sqrt()
         inputs = {"up": _Casts(x), "down": _Casts(hidden)}
         inputs["gate"] = inputs["up"]
         for column, scheme in enumerate(self.schemes):
-            for role in expert.weights:
+            for row, role in enumerate(self.roles):
                 quantized = self._linear(role, inputs[role][scheme], scheme)
                 if role == "down":
                     change = quantized.sub_(output)
@@ -99,21 +139,31 @@ class Reduction:
                     change = self._product(expert.act(*pair).sub_(hidden), expert.weights["down"])
                 if expert.post is not None:
                     change = self._post(output + change) - reference
-                result.squared_error[role][column] += _weighted(change, squared_weight)
+                self._squared[row, column] += change.square().sum(-1).double() @ squared_weight
+                if slope is not None:
+                    self._fisher[row, column] += change.mul_(slope).square_().sum(-1).double().sum()
 
     def _post(self, output: Tensor) -> Tensor:
         return output if self.expert.post is None else self.expert.post(output).float()
 
     def _linear(self, role: str, x: Tensor, scheme: Scheme | None = None) -> Tensor:
-        weight = self.expert.weights[role]
-        if scheme is not None:
-            weight = dequantize(self.quantizer(weight, scheme, name=f"{self.expert.label}.{role}", hessian=None))
+        weight = self.expert.weights[role] if scheme is None else self._quantized(role, scheme)
         product = self._product(x, weight)
         bias = self.expert.biases.get(role)
         return product if bias is None else product.add_(bias)
 
+    def _quantized(self, role: str, scheme: Scheme) -> Tensor:
+        kept = self._kept
+        if kept is not None and (role, scheme) in kept:
+            return kept[role, scheme]
+        label = f"{self.expert.label}.{role}"
+        weight = dequantize(self.quantizer(self.expert.weights[role], scheme, name=label, hessian=None))
+        if kept is not None:
+            kept[role, scheme] = weight
+        return weight
+
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        self.result.macs += len(x) * weight.numel()
+        self.macs += len(x) * weight.numel()
         return x @ weight.mT
 
 
@@ -129,8 +179,3 @@ class _Casts:
         if key not in self.cast:
             self.cast[key] = fake_quantize_activation(self.x, scheme)
         return self.cast[key]
-
-
-def _weighted(rows: Tensor, squared_weight: Tensor) -> float:
-    """Sum over rows of w^2 ||row||^2; the outer sum in float64."""
-    return float(torch.dot(rows.square().sum(-1).double(), squared_weight))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +46,13 @@ class BankStats:
     measured_at: Measured = "block"
     """block: the output is the block's; bank: the block does more than weigh and add the bank's output (a norm or a
     projection follows), so the output is the bank's own."""
+    output_norm: Floats | None = None
+    """[expert], sum over tokens of the norm of its weighted full-precision output; None in statistics of old."""
+    fisher_error: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
+    """As `squared_error`, every channel of the change times the loss's gradient there, squared; empty if no loss was
+    differentiated."""
+    facts: Mapping[str, Mapping[str, Floats]] = field(default_factory=dict[str, Mapping[str, Floats]])
+    """Fact -> role -> [expert], what the weights say by themselves; `router` stands for the router's rows."""
 
     @property
     def experts(self) -> int:
@@ -58,11 +65,45 @@ class BankStats:
 
     def squared(self, role: str, min_tokens: int) -> Floats:
         """[expert, scheme], `squared_error` with the `BANK_MEAN` fallback for experts under `min_tokens`."""
-        error = self.squared_error[role]
+        return self._filled(self.squared_error[role], min_tokens)
+
+    def fisher(self, role: str, min_tokens: int) -> Floats:
+        """[expert, scheme], `fisher_error` with the same fallback."""
+        return self._filled(self.fisher_error[role], min_tokens)
+
+    def _filled(self, error: Floats, min_tokens: int) -> Floats:
         well = self.well_observed(min_tokens)
         base = well if well.any() else np.ones_like(well)
         per_token = error[base].sum(axis=0) / max(int(self.tokens[base].sum()), 1)
         return np.where(well[:, None], error, np.outer(np.maximum(self.tokens, 1), per_token))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many tokens the experts of a bank saw."""
+
+    least: int
+    median: float
+    most: int
+    under: int
+    """Experts below `min_tokens`."""
+    none: int
+    """Experts without any token."""
+    imbalance: float
+    """Standard deviation over the experts of their share of all assignments; 0 when all are used alike."""
+
+    @classmethod
+    def of(cls, tokens: NDArray[np.int64], min_tokens: int) -> Coverage:
+        """Measure [expert] tokens."""
+        share = tokens / max(int(tokens.sum()), 1)
+        return cls(
+            int(tokens.min()),
+            float(np.median(tokens)),
+            int(tokens.max()),
+            int((tokens < min_tokens).sum()),
+            int((tokens == 0).sum()),
+            float(share.std()),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +135,7 @@ class Stats:
         for (block, bank), sums in self.banks.items():
             shapes = {array.shape for array in sums.squared_error.values()}
             rows = {getattr(sums, name).shape for name in _SUMS}
+            shapes |= {array.shape for array in sums.fisher_error.values()}
             if shapes != {(sums.experts, len(self.schemes))} or rows != {(sums.experts,)}:
                 raise StatsMismatch(reason=f"the sums of {block}.{bank} do not fit its experts and the schemes")
 
@@ -152,6 +194,10 @@ class Stats:
         total = self.bank(block, bank).squared_output.sum()
         return self.sensitivity(block, bank, role, schemes) / (total if total > 0 else np.nan)
 
+    def coverage(self) -> dict[tuple[str, str], Coverage]:
+        """(block, bank) -> how many tokens its experts saw, of banks with more than one."""
+        return {key: Coverage.of(sums.tokens, self.min_tokens) for key, sums in self.banks.items() if sums.experts > 1}
+
     def few_tokens(self) -> dict[tuple[str, str], tuple[int, ...]]:
         """(block, bank) -> experts with fewer than `min_tokens` tokens; banks without such experts are left out."""
         few = {key: np.flatnonzero(~sums.well_observed(self.min_tokens)) for key, sums in self.banks.items()}
@@ -168,6 +214,14 @@ class Stats:
             means = zip(self.schemes, np.concatenate(per_token).mean(axis=0).tolist(), strict=True)
             listed = ", ".join(f"{scheme} {mean:.3g}" for scheme, mean in means)
             lines.append(f"squared change of the output per token, mean of all linears: {listed}")
+        if coverage := list(self.coverage().values()):
+            least, most = min(c.least for c in coverage), max(c.most for c in coverage)
+            median = float(np.median(np.concatenate([s.tokens for s in self.banks.values() if s.experts > 1])))
+            under, none = (sum(getattr(c, name) for c in coverage) for name in ("under", "none"))
+            lines.append(
+                f"tokens per expert: {least} to {most}, median {median:g};"
+                f" {under} experts under {self.min_tokens}, {none} without any"
+            )
         if self.routing == "uniform" and not self.data_free:
             lines.append("no router was there: tokens were spread evenly over the experts")
         for (block, bank), sums in self.banks.items():
@@ -214,6 +268,10 @@ class Stats:
         for index, sums in enumerate(self.banks.values()):
             arrays |= {f"{index}.{name}": getattr(sums, name) for name in _SUMS}
             arrays |= {f"{index}.error.{role}": error for role, error in sums.squared_error.items()}
+            arrays |= {f"{index}.fisher.{role}": error for role, error in sums.fisher_error.items()}
+            arrays |= {f"{index}.fact.{n}.{role}": v for n, fact in sums.facts.items() for role, v in fact.items()}
+            if sums.output_norm is not None:
+                arrays[f"{index}.output_norm"] = sums.output_norm
         write_arrays(Path(path), header, arrays)
 
     @classmethod
@@ -232,6 +290,9 @@ class Stats:
                     *(arrays[f"{index}.{name}"] for name in _SUMS),
                     squared_error={role: arrays[f"{index}.error.{role}"] for role in roles},
                     measured_at=measured_at,
+                    output_norm=arrays.get(f"{index}.output_norm"),
+                    fisher_error=_named(arrays, f"{index}.fisher."),
+                    facts=_facts(arrays, f"{index}.fact."),
                 )
                 for index, (block, bank, n_tokens, measured_at, roles) in enumerate(header["banks"])
             }
@@ -242,14 +303,33 @@ class Stats:
             raise BrokenStats(path=path, reason=f"{type(error).__name__}: {error}") from error
 
 
+def _named(arrays: Mapping[str, Floats], prefix: str) -> dict[str, Floats]:
+    """Pick the arrays whose names begin alike, by the rest of their names."""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _facts(arrays: Mapping[str, Floats], prefix: str) -> dict[str, Mapping[str, Floats]]:
+    found: dict[str, dict[str, Floats]] = {}
+    for name, array in _named(arrays, prefix).items():
+        fact, _, role = name.rpartition(".")
+        found.setdefault(fact, {})[role] = array
+    return dict(found)
+
+
 def _added(name: str, one: BankStats, other: BankStats) -> BankStats:
     """Add two banks' sums."""
     roles = one.squared_error.keys()
     if one.experts != other.experts or roles != other.squared_error.keys() or one.measured_at != other.measured_at:
         raise StatsMismatch(reason=f"{name} has other experts or roles, or was measured at another place")
+    if one.fisher_error.keys() != other.fisher_error.keys():
+        raise StatsMismatch(reason=f"{name} was observed with gradients in one run and without in the other")
+    norms = (one.output_norm, other.output_norm)
     return BankStats(
         one.n_tokens + other.n_tokens,
-        *(getattr(one, field) + getattr(other, field) for field in _SUMS),
+        *(getattr(one, name) + getattr(other, name) for name in _SUMS),
         squared_error={role: one.squared_error[role] + other.squared_error[role] for role in roles},
         measured_at=one.measured_at,
+        output_norm=None if norms[0] is None or norms[1] is None else norms[0] + norms[1],
+        fisher_error={role: one.fisher_error[role] + other.fisher_error[role] for role in one.fisher_error},
+        facts=one.facts,
     )
