@@ -49,9 +49,7 @@ def bank(block: str, name: str, experts: int, top_k: int) -> BankShape:
 
 def build() -> ModuleOp:
     names = [f"model.layers.{i + 3}.mlp" for i in range(BLOCKS)]
-    shapes = [
-        BlockShape(name, HIDDEN, (bank(name, "routed", ROUTED, 8), bank(name, "shared", 1, 1))) for name in names
-    ]
+    shapes = [BlockShape(name, HIDDEN, (bank(name, "routed", ROUTED, 8), bank(name, "shared", 1, 1))) for name in names]
     module = build_module(shapes, [Scheme.parse(text) for text in SCHEMES])
     rng = np.random.default_rng(0)
 

@@ -37,9 +37,7 @@ def main() -> None:
     for r in EXPONENTS:
         for bits in BUDGETS:
             mixed = copy.deepcopy(model)
-            compiled = mxmoe.compile(
-                mixed, TARGET, inputs=stats, schemes=CANDIDATES, weight_bits=bits, r=r, quiet=True
-            )
+            compiled = mxmoe.compile(mixed, TARGET, inputs=stats, schemes=CANDIDATES, weight_bits=bits, r=r, quiet=True)
             block_us = statistics.mean(compiled.report().predicted_us.values())
             found = perplexity(compiled, text)
             rows.append({"r": r, "weight_bits": bits, "nats": found.nats_per_token, "predicted_block_us": block_us})
