@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mxmoe.ir import Scheme
-from mxmoe.quant.options import split_options, with_options
+from mxmoe.quant.options import WithOptions, split_options, with_options
 from mxmoe.quant.quantized import Quantized
 from mxmoe.registry import Registry
 
@@ -65,6 +65,13 @@ def find_quantizer(quantizer: str | Quantizer) -> Quantizer:
         return quantizer
     name, options = split_options(quantizer)
     return with_options(QUANTIZERS[name], name, options)
+
+
+def spell_quantizer(quantizer: str | Quantizer) -> str:
+    """Write a quantizer as `find_quantizer` reads it; a function that is not registered has its own name."""
+    if isinstance(quantizer, str | WithOptions):
+        return str(find_quantizer(quantizer)) if "{" in str(quantizer) else str(quantizer)
+    return getattr(quantizer, "__name__", type(quantizer).__name__)
 
 
 def needs_hessian(quantizer: str | Quantizer) -> bool:
