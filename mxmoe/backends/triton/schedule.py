@@ -310,7 +310,7 @@ def few_arguments(tables: Tables, top_k_index: Tensor) -> tuple[Any, ...]:
     sizes = (dispatch.experts, dispatch.always, dispatch.expert_width, dispatch.class_width)
     head = dispatch.places["row_of"][0]
     # all assignments in one go where one program counts them; few sizes, so that few kernels are compiled
-    count = min(FEW_ASSIGNMENTS, max(FEW_CHUNK, power_of_two_from(dispatch.assignments)))
+    count = max(FEW_CHUNK, power_of_two_from(min(dispatch.assignments, FEW_ASSIGNMENTS)))
     return (
         *(top_k_index, tables.words, tables.constants, *numbers),
         *(*sizes, head, len(dispatch.tilings), FEW_ROWS, FEW_CHUNK, count),
@@ -322,9 +322,13 @@ def _bounds(dispatch: Dispatch) -> tuple[int, int]:
     return dispatch.bands(0), dispatch.bands(1) if len(dispatch.tilings) > 1 else 0
 
 
-def allocate(dispatch: Dispatch, device: torch.device | str) -> Tables:
-    """Make room for a schedule; once, before a graph is captured."""
-    blocks = -(-dispatch.assignments // MANY_ROWS) if dispatch.assignments > FEW_ASSIGNMENTS else 0
+def allocate(dispatch: Dispatch, device: torch.device | str, *, few_assignments: int = FEW_ASSIGNMENTS) -> Tables:
+    """
+    Make room for a schedule; once, before a graph is captured.
+
+    Beyond `few_assignments` assignments `build` takes two launches, and the room has the scratch that they need.
+    """
+    blocks = 0 if dispatch.assignments <= few_assignments else -(-dispatch.assignments // MANY_ROWS)
     return Tables(
         dispatch,
         words=torch.zeros(dispatch.words, dtype=torch.int32, device=device),
@@ -335,7 +339,7 @@ def allocate(dispatch: Dispatch, device: torch.device | str) -> Tables:
 
 def build(tables: Tables, top_k_index: Tensor) -> None:
     """
-    Fill the tables from a routing: one launch up to FEW_ASSIGNMENTS assignments, two beyond; nothing is read back.
+    Fill the tables from a routing: one launch for few assignments, two for many; nothing is read back.
 
     Args:
         tables: from `allocate`, on the device of the routing.
@@ -347,7 +351,7 @@ def build(tables: Tables, top_k_index: Tensor) -> None:
     dispatch = tables.dispatch
     _check(tables, top_k_index)
     arguments = few_arguments(tables, top_k_index)
-    if dispatch.assignments <= FEW_ASSIGNMENTS:
+    if not tables.scratch.numel():
         _launch(few_kernel, few_programs(dispatch), *arguments)
         return
     blocks = -(-dispatch.assignments // MANY_ROWS)
