@@ -37,6 +37,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "target": ("ir", "device"),
     "calib": ("ir", "quant"),
     "frontend": ("ir", "quant"),
+    "transform": ("ir", "quant", "calib", "frontend"),
     "cost": ("ir", "target", "device"),
     "passes": ("ir", "quant", "calib", "cost", "solver", "target", "device"),
     "settings": ("passes",),
@@ -67,7 +68,18 @@ FREE = ("errors", "files", "registry")
 EVERYTHING = ("cli", "__init__", "__main__")
 
 HEAVY: Mapping[str, tuple[str, ...]] = {
-    "torch": ("quant", "calib", "frontend", "backends", "checkpoint", "compiled", "compiler", "testing", "evaluate"),
+    "torch": (
+        "quant",
+        "calib",
+        "frontend",
+        "transform",
+        "backends",
+        "checkpoint",
+        "compiled",
+        "compiler",
+        "testing",
+        "evaluate",
+    ),
     "transformers": ("evaluate",),
     "safetensors": ("checkpoint", "evaluate"),
     "numba": ("backends/numba",),

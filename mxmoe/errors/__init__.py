@@ -1,6 +1,6 @@
 """Every mistake a user can make, one class each, with the way out in the message."""
 
-from mxmoe.errors.ahead import AheadFailed, BrokenCubin, MissingTool
+from mxmoe.errors.ahead import AheadFailed, BadInt4, BrokenCubin, MissingTool
 from mxmoe.errors.base import MxmoeError
 from mxmoe.errors.modules import (
     BadActivation,
@@ -46,6 +46,7 @@ from mxmoe.errors.planning import (
     NoPossibleScheme,
     NoProfile,
     NotAPass,
+    NotASensitivity,
     NothingChosen,
     NothingObserved,
     NotInStats,
@@ -91,8 +92,17 @@ from mxmoe.errors.running import (
     UnsupportedScheme,
     WrongDevice,
 )
+from mxmoe.errors.transforming import (
+    NotAPowerOfTwo,
+    NothingToFold,
+    NotPlanted,
+    NotTraceable,
+    NotWeightOnly,
+    ScaleOutOfRange,
+)
 from mxmoe.errors.values import (
     BadPlan,
+    BadRotation,
     BadScheme,
     BadShape,
     BadTable,
@@ -117,6 +127,7 @@ __all__ = [
     "BadExperts",
     "BadHessian",
     "BadHidden",
+    "BadInt4",
     "BadObjective",
     "BadOption",
     "BadPacked",
@@ -126,6 +137,7 @@ __all__ = [
     "BadProfile",
     "BadQuantized",
     "BadQuantizer",
+    "BadRotation",
     "BadRouting",
     "BadScheme",
     "BadSetting",
@@ -177,13 +189,19 @@ __all__ = [
     "NonFiniteWeights",
     "NotAModule",
     "NotAPass",
+    "NotASensitivity",
+    "NotAPowerOfTwo",
     "NotCompiled",
     "NotInStats",
     "NotLowered",
     "NotOneMatrix",
+    "NotPlanted",
     "NotSavedHere",
+    "NotTraceable",
+    "NotWeightOnly",
     "NothingChosen",
     "NothingObserved",
+    "NothingToFold",
     "PackedAs",
     "PackedOnly",
     "PassDisagrees",
@@ -191,6 +209,7 @@ __all__ = [
     "PlanMismatch",
     "RaggedTable",
     "RefusedFamily",
+    "ScaleOutOfRange",
     "SchemeCannotRun",
     "SolverFailed",
     "StatsDoNotFit",

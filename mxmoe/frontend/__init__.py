@@ -5,12 +5,14 @@ from mxmoe.frontend.lift import lift
 from mxmoe.frontend.lifted import BankKind, Lifted, LiftedBank, LiftedBlock
 from mxmoe.frontend.report import LiftReport, Skipped, Taken
 from mxmoe.frontend.substitute import BankRun, Replacement, replace_banks
+from mxmoe.frontend.views import ExpertViews, expert_views
 
 __all__ = [
     "FAMILIES",
     "REFUSED",
     "BankKind",
     "BankRun",
+    "ExpertViews",
     "Family",
     "LiftReport",
     "Lifted",
@@ -19,6 +21,7 @@ __all__ = [
     "Replacement",
     "Skipped",
     "Taken",
+    "expert_views",
     "lift",
     "replace_banks",
 ]

@@ -21,7 +21,12 @@ from mxmoe.ir import ROLES
 
 Loader = Callable[[], Tensor]
 
-DTYPES: Mapping[torch.dtype, str] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPES: Mapping[torch.dtype, str] = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp32",  # what its values are quantized from and multiplied in
+}
 """Element types that can be lifted -> their names in the IR."""
 
 

@@ -12,7 +12,7 @@ from mxmoe.errors import LiftMismatch
 from mxmoe.frontend.activation import Activation
 from mxmoe.frontend.layout import Layout, halves, list_layout
 
-ALLOWED = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+ALLOWED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Relative Frobenius difference to a module that computes in this element type; a wrong reading is off by tenths."""
 
 _TOKENS = 4

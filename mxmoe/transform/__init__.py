@@ -1,0 +1,24 @@
+"""
+Transformations of a torch model that keep its function and change what is quantized: scales that move, outliers.
+
+They work in place on a model before it is lifted and compiled.
+"""
+
+from mxmoe.transform.awq import awq
+from mxmoe.transform.outliers import Planted, plant_outliers
+from mxmoe.transform.profile import ActivationProfile, RoleProfile, activation_profile
+from mxmoe.transform.report import Folded, TransformReport, Unfolded
+from mxmoe.transform.smooth import smooth
+
+__all__ = [
+    "ActivationProfile",
+    "Folded",
+    "Planted",
+    "RoleProfile",
+    "TransformReport",
+    "Unfolded",
+    "activation_profile",
+    "awq",
+    "plant_outliers",
+    "smooth",
+]
