@@ -35,6 +35,28 @@ A smaller one, for work without a GPU, is trained by the same script with `--sma
 from the environment variable `MXMOE_STUDY_MODEL`, and skip without it.
 """
 
+ROUTING = """## Routing
+
+Over held-out text. The load of an expert is its share of the assignments. The last three columns are the mutual
+information of the chosen expert and, in turn, the class of the token (space, keyword, word, part of a word, number,
+punctuation), the token itself, and whether the text is held-out Python or foreign headers (at most 1).
+
+"""
+ACTIVATIONS = """## Activations
+
+Kurtosis of all entries / largest over median magnitude of all entries / the same ratio of the channels' largest
+magnitudes, the mean over experts.
+
+"""
+TEXT = """## Text
+
+The Python standard library and installed distributions whose metadata names permissive licences only, split by file by
+the hash of its name. A file most of whose lines were seen before it is left out, held-out files being seen first, so
+that near copies of held-out files are not trained on ({copies:,} files were left out). The out-of-domain part is
+headers of C and C++. SHA-256 of the whole: `{sha256}`.
+
+"""
+
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a Markdown table."""
@@ -137,20 +159,9 @@ def render(records: Sequence[Record]) -> str:
         INTRODUCTION.format(command="\n    ".join(record["command"] for record in records)),
         "## What it is\n\n" + model_table(records),
         "Perplexities are those of the bf16 weights as they are written, over disjoint windows.",
-        "## Routing\n\nOver held-out text. The load of an expert is its share of the assignments; the last three"
-        " columns are the\nmutual information of the chosen expert and, in turn, the class of the token (space, keyword,"
-        " word, part of a word,\nnumber, punctuation), the token itself, and whether the text is held-out Python or foreign"
-        " headers (at most 1).\n\n" + routing_table(first),
-        "## Activations\n\nKurtosis of all entries / largest over median magnitude of all entries / the same ratio of"
-        " the channels' largest\nmagnitudes, the mean over experts.\n\n"
-        + activation_table(first)
-        + "\n\n"
-        + outlier_verdict(first),
-        "## Text\n\nThe Python standard library and installed distributions whose metadata names permissive licences"
-        " only, split by file by\nthe hash of its name. A file most of whose lines were seen before it is left out,"
-        " held-out files being seen first, so\nthat near copies of held-out files are not trained on"
-        f" ({text['near_copies_left_out']:,} files were left out). The out-of-domain part is headers\nof C and C++."
-        f" SHA-256 of the whole: `{text['sha256']}`.\n\n"
+        ROUTING + routing_table(first),
+        ACTIVATIONS + activation_table(first) + "\n\n" + outlier_verdict(first),
+        TEXT.format(copies=text["near_copies_left_out"], sha256=text["sha256"])
         + table(["part", "files", "bytes", "SHA-256 begins"], parts)
         + "\n\n"
         + table(["source", "version", "licence", "files", "bytes"], sources),
