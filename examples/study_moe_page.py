@@ -148,8 +148,8 @@ def outlier_verdict(record: Record) -> str:
     middle = kurtosis[len(kurtosis) // 2]
     words = "has heavy tails there" if middle > 3 * SWIGLU_KURTOSIS else "has no outliers to speak of there"
     return (
-        f"The median over layers of the kurtosis at the input of down is {middle:.1f}. The product of a normal variable\n"
-        f"and the SiLU of another has about {SWIGLU_KURTOSIS}, so the model {words}."
+        f"The median over layers of the kurtosis at the input of down is {middle:.1f}. The product of a normal\n"
+        f"variable and the SiLU of another has about {SWIGLU_KURTOSIS}, so the model {words}."
     )
 
 
