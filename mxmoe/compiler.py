@@ -17,7 +17,7 @@ from mxmoe.compiled import Compilation, copy_modules, install, is_compiled, is_m
 from mxmoe.cost import block_launches, predict_block_us
 from mxmoe.errors import BadArgument, CompiledAlready, InfeasibleBudget
 from mxmoe.frontend import Lifted, lift
-from mxmoe.ir import ModuleOp, Plan, Scheme, apply_plan, banks, moe_ops, parse_ir, plan_of
+from mxmoe.ir import ModuleOp, Plan, Scheme, apply_plan, banks, moe_ops, parse_ir, plan_of, rotations
 from mxmoe.passes import (
     AllocateBits,
     ApplyPlan,
@@ -26,6 +26,7 @@ from mxmoe.passes import (
     KeepStages,
     Observer,
     Pass,
+    RotateDown,
     TimePasses,
     VerifyEach,
     find_cost_model,
@@ -58,6 +59,7 @@ def compile(
     tokens: Tokens | None = None,
     plan: Plan | str | os.PathLike[str] | None = None,
     quantizer: str = "rtn",
+    rotate_down: int | None = None,
     pipeline: str = "default",
     observers: Sequence[Observer] = (),
     quiet: bool = False,
@@ -79,6 +81,7 @@ def compile(
         tokens: tokens per call that costs are taken for; 512 if not given.
         plan: a plan, or the path of one, to apply in place of solving.
         quantizer: how weights are quantized, a name in `QUANTIZERS`.
+        rotate_down: channels that are rotated together on their way to down, see `RotateDown`; None rotates nothing.
         pipeline: name of a pipeline, or passes as `pass{option=value},...`; what it spells out wins over arguments.
         observers: called before and after every pass.
         quiet: no progress bars.
@@ -97,19 +100,23 @@ def compile(
     goal, wanted = find_target(target), _read_plan(plan)
     backend = make_backend(goal)
     candidates = _candidates(schemes, wanted, goal, backend)
-    steps = _steps(pipeline, wanted, _options(candidates, weight_bits, latency_us, r, tokens))
+    steps = _steps(pipeline, wanted, _options(candidates, weight_bits, latency_us, r, tokens), rotate_down)
     watching = (*settings.observers(), *observers, VerifyEach())
     _ = QUANTIZERS[quantizer]  # an unknown name is to be found out now
     if isinstance(block, nn.Module) and is_compiled(block):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CompiledAlready(cls=type(block).__name__)
     lifted = lift(block, candidates=candidates)
+    kept, clock = KeepStages(), TimePasses()
+    first = next((i + 1 for i, step in reversed(list(enumerate(steps))) if isinstance(step, RotateDown)), 0)
+    # what is observed is the rotated module
+    run_passes(lifted.module, steps[:first], Environment(None, goal, wanted), (kept, clock, *watching))
     _refuse_hopeless(lifted.module, steps, wanted)
     stats = _statistics(lifted, inputs, candidates, quantizer, has_plan=wanted is not None, quiet=quiet)
-    kept, clock = KeepStages(), TimePasses()
-    run_passes(lifted.module, steps, Environment(stats, goal, wanted), (kept, clock, *watching))
+    run_passes(lifted.module, steps[first:], Environment(stats, goal, wanted), (kept, clock, *watching))
     if not {"allocated", "lowered"} <= kept.texts.keys():
         raise BadArgument(name="pipeline", value=pipeline, reason=_UNFINISHED)
-    executables = backend.compile(lifted.module, lifted.weights.using(quantizer))
+    weights = lifted.weights.using(quantizer).rotated(rotations(lifted.module))
+    executables = backend.compile(lifted.module, weights)
     allocated = parse_ir(kept.texts["allocated"])
     report = _report(lifted, allocated, stats, goal, executables, quantizer, steps, clock.seconds)
     made = Compilation(goal, plan_of(allocated), kept.texts, executables, report, Origin.of(block))
@@ -190,8 +197,10 @@ def _each(schemes: Iterable[str | Scheme]) -> Iterable[str | Scheme]:
     return schemes
 
 
-def _steps(pipeline: str, plan: Plan | None, options: Mapping[str, Mapping[str, Any]]) -> tuple[Pass, ...]:
-    """Read the pipeline; a plan takes the place of solving."""
+def _steps(
+    pipeline: str, plan: Plan | None, options: Mapping[str, Mapping[str, Any]], rotate_down: int | None
+) -> tuple[Pass, ...]:
+    """Read the pipeline; a plan takes the place of solving, and a rotation comes before all."""
     if not isinstance(pipeline, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may not check
         raise BadArgument(name="pipeline", value=pipeline, reason="give the name of one, or passes as a string")
     steps = parse_passes("plan" if plan is not None and pipeline == "default" else pipeline, options)
@@ -201,7 +210,12 @@ def _steps(pipeline: str, plan: Plan | None, options: Mapping[str, Mapping[str, 
             "it solves with allocate-bits although a plan was given; put apply-plan in its place, or leave plan out"
         )
         raise BadArgument(name="pipeline", value=pipeline, reason=reason)
-    return steps
+    if rotate_down is None:
+        return steps
+    if type(rotate_down) is not int or rotate_down < 2:
+        reason = "it is a number of channels, at least 2, or None"
+        raise BadArgument(name="rotate_down", value=rotate_down, reason=reason)
+    return (RotateDown(rotate_down), *steps)
 
 
 def _refuse_hopeless(module: ModuleOp, steps: Sequence[Pass], plan: Plan | None) -> None:

@@ -30,7 +30,7 @@ from mxmoe.ir import (
     banks,
     moe_ops,
 )
-from mxmoe.quant import Packed, Quantized, apply_act, matmul, pack
+from mxmoe.quant import Packed, Quantized, apply_act, matmul, pack, rotate
 from mxmoe.target import WeightSource
 
 
@@ -151,10 +151,11 @@ def run_group_gemm(state: _State, op: GroupGemmOp) -> None:
 
 
 def run_act(state: _State, op: ActOp) -> None:
-    """act(gate, up), or act(up)."""
+    """act(gate, up), or act(up); rotated where the op says so."""
     inputs = [state.values[value] for value in op.inputs]
     gate, up = inputs if len(inputs) == 2 else (None, inputs[0])
-    state.set(op.out, "act", apply_act(op.kind, gate, up, op.params))
+    act = apply_act(op.kind, gate, up, op.params)
+    state.set(op.out, "act", rotate(act, op.hadamard) if op.hadamard else act)
 
 
 def run_combine(state: _State, op: CombineOp) -> None:

@@ -44,6 +44,12 @@ class ElidedTable(MxmoeError):
     )
 
 
+class BadRotation(MxmoeError):
+    """A width that no Hadamard matrix rotates in blocks of the size that was asked for."""
+
+    message = "{width} channels cannot be rotated in blocks of {block}: {reason}; {known}"
+
+
 class BadShape(MxmoeError):
     """A block or bank whose sizes or names do not fit together."""
 

@@ -3,9 +3,10 @@
 from xdsl.dialects.builtin import ModuleOp
 
 from mxmoe.ir.attrs import RoutingType, SchemeAttr, TableAttr, TileAttr
-from mxmoe.ir.build import Bank, BankShape, BlockShape, banks, build_module, linears, moe_ops
+from mxmoe.ir.build import Bank, BankShape, BlockShape, banks, build_module, linears, moe_ops, rotations
 from mxmoe.ir.chains import BANKS, ROLES
 from mxmoe.ir.graph import critical_path, op_graph
+from mxmoe.ir.hadamard import check_rotation, hadamard_base, paley_field, rotation_blocks
 from mxmoe.ir.ops import (
     MXMOE,
     ActOp,
@@ -16,7 +17,7 @@ from mxmoe.ir.ops import (
     RouteOp,
     YieldOp,
 )
-from mxmoe.ir.plan import Allocation, Plan, Row, allocation_of, apply_plan, fingerprint, plan_of, rows_of
+from mxmoe.ir.plan import Allocation, Plan, Row, allocation_of, apply_plan, fingerprint, plan_of, rotations_of, rows_of
 from mxmoe.ir.scheme import Scheme
 from mxmoe.ir.stages import RULES, STAGES, Stage
 from mxmoe.ir.table import Table
@@ -55,14 +56,20 @@ __all__ = [
     "apply_plan",
     "banks",
     "build_module",
+    "check_rotation",
     "context",
     "critical_path",
     "fingerprint",
+    "hadamard_base",
     "linears",
     "moe_ops",
     "op_graph",
+    "paley_field",
     "parse_ir",
     "plan_of",
     "print_ir",
+    "rotation_blocks",
+    "rotations",
+    "rotations_of",
     "rows_of",
 ]

@@ -149,6 +149,18 @@ def banks(moe: MoeOp) -> dict[str, Bank]:
     return found
 
 
+def rotations(module: ModuleOp) -> dict[str, int]:
+    """Weight of a down linear -> channels that are rotated together; a weight that is not there is as it was."""
+    found: dict[str, int] = {}
+    for moe in moe_ops(module):
+        for bank in banks(moe).values():
+            if bank.act.hadamard:
+                names = [op.weight for role, op in bank.linears.items() if role == "down"]
+                names += [name for op in bank.gemms if op.role == "down" for name in op.weights]
+                found |= dict.fromkeys(names, bank.act.hadamard)
+    return found
+
+
 def build_module(blocks: Sequence[BlockShape], candidates: Sequence[Scheme]) -> ModuleOp:
     """
     Build the lifted module of some blocks; every block gets the same candidates.

@@ -9,6 +9,9 @@ from xdsl.dialects.builtin import TensorType
 from xdsl.ir import Block, Operation, SSAValue
 from xdsl.utils.exceptions import VerifyException
 
+from mxmoe.errors import BadRotation
+from mxmoe.ir.hadamard import check_rotation
+
 ROLES = ("gate", "up", "down")
 BANKS = ("routed", "shared")
 _ENTRIES = (["gate", "up"], ["up"], ["gate_up"])
@@ -64,6 +67,7 @@ def _verify_bank(route: Operation, tokens: SSAValue, ops: Sequence[Operation]) -
     _expect(combines[0], down.results, f"mxmoe.combine of bank {bank} takes the rows of down")
     _verify_widths(bank, "hidden", [tokens, route.results[0], down.results[0], combines[0].results[0]])
     _verify_widths(bank, "inner", [*inner, act.results[0]])
+    _verify_rotation(act)
     return combines[0].results[0]
 
 
@@ -75,6 +79,16 @@ def _verify_names(op: Operation, bank: str) -> None:
     if not (role.count("_") + 1 == n_results == n_weights and n_biases in (0, n_weights)):
         found = f"{n_results} results, {n_weights} weights and {n_biases} biases"
         raise VerifyException(f"{role} of bank {bank} has {found}")
+
+
+def _verify_rotation(act: Operation) -> None:
+    """Check that the channels behind a nonlinearity can be rotated as it says."""
+    kind = act.results[0].type
+    if "hadamard" in act.properties and isinstance(kind, TensorType):
+        try:
+            check_rotation(kind.get_shape()[-1], _property(act, "hadamard"))
+        except BadRotation as error:
+            raise VerifyException(f"mxmoe.act hadamard={_property(act, 'hadamard')}: {error}") from error
 
 
 def _expect(op: Operation, values: Sequence[SSAValue], rule: str) -> None:
@@ -92,4 +106,4 @@ def _verify_widths(bank: str, what: str, values: Sequence[SSAValue]) -> None:
 
 def _property(op: Operation, key: str) -> Any:  # noqa: ANN401  # a str or int, by the op's definition
     attribute: Any = op.properties[key]
-    return attribute.value.data if key in ("experts", "top_k") else attribute.data
+    return attribute.value.data if key in ("experts", "top_k", "hadamard") else attribute.data

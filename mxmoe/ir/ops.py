@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-from xdsl.dialects.builtin import ArrayAttr, DictionaryAttr, FloatAttr, IntegerAttr, StringAttr, TensorType
+from xdsl.dialects.builtin import ArrayAttr, DictionaryAttr, FloatAttr, IntegerAttr, StringAttr, TensorType, i64
 from xdsl.ir import Attribute, Dialect, SSAValue
 from xdsl.irdl import (
     irdl_op_definition,
@@ -209,14 +209,21 @@ class LinearOp(_Gemm):
 
 @irdl_op_definition
 class ActOp(_WithTables):
-    """The nonlinearity: (gate, up) to kind(gate) * up, or kind(up) where experts have no gate."""
+    """
+    The nonlinearity: (gate, up) to kind(gate) * up, or kind(up) where experts have no gate; then perhaps a rotation.
+
+    With `hadamard=128` every 128 channels of a row are multiplied by the normalised Hadamard matrix of this size, and
+    the weights of down that the module names are rotated along their input channels alike (`mxmoe.quant.rotate`), so
+    that their product is what it was.
+    """
 
     name = "mxmoe.act"
-    READERS: ClassVar[Readers] = {"kind": parse_text, "params": parse_dict}
+    READERS: ClassVar[Readers] = {"kind": parse_text, "params": parse_dict, "hadamard": parse_int}
     inputs = var_operand_def(TensorType)
     out = result_def(TensorType)
     kind_ = prop_def(StringAttr, prop_name="kind")
     params_ = opt_prop_def(DictionaryAttr, prop_name="params")
+    hadamard_ = opt_prop_def(IntegerAttr, prop_name="hadamard")
     traits = traits_def(Pure())
 
     @property
@@ -231,6 +238,18 @@ class ActOp(_WithTables):
         if not isinstance(attribute, DictionaryAttr):
             return {}
         return {key: value.value.data for key, value in attribute.data.items() if isinstance(value, FloatAttr)}
+
+    @property
+    def hadamard(self) -> int:
+        """Channels that are rotated together on their way to down; 0: none are."""
+        return self._int("hadamard") if "hadamard" in self.properties else 0
+
+    @hadamard.setter
+    def hadamard(self, block: int) -> None:
+        if block:
+            self.properties["hadamard"] = IntegerAttr(block, i64)
+        else:
+            self.properties.pop("hadamard", None)
 
 
 @irdl_op_definition
@@ -360,4 +379,3 @@ MXMOE = Dialect(
     [SchemeAttr, TableAttr, TileAttr, RoutingType],
 )
 """The dialect: everything the parser must know."""
-

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,10 @@ import numpy as np
 from xdsl.dialects.builtin import DictionaryAttr, FloatAttr, ModuleOp, StringAttr, f64
 from xdsl.ir import Attribute
 
-from mxmoe.errors import BadPlan, BadScheme, PlanMismatch
+from mxmoe.errors import BadPlan, BadRotation, BadScheme, PlanMismatch
 from mxmoe.files import write_whole
 from mxmoe.ir.build import banks, linears, moe_ops
+from mxmoe.ir.hadamard import check_rotation
 from mxmoe.ir.scheme import Scheme
 from mxmoe.ir.table import Table
 from mxmoe.ir.text import print_ir
@@ -78,6 +79,8 @@ class Plan:
     """Every decision, in the order of the module."""
     allocation: Allocation | None = None
     """None for a plan written by hand."""
+    rotations: Mapping[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    """(block, bank) -> channels that are rotated together on their way to down; banks that are not there are not."""
 
     @property
     def hash(self) -> str:
@@ -89,9 +92,13 @@ class Plan:
         blocks: dict[str, dict[str, str]] = {}
         for row, scheme in self.rows.items():
             blocks.setdefault(row.block, {})[f"{row.bank}.{row.role}.{row.expert}"] = str(scheme)
+        turned: dict[str, dict[str, int]] = {}
+        for (block, bank), size in self.rotations.items():
+            turned.setdefault(block, {})[bank] = size
         document = {
             "format": FORMAT,
             "allocation": asdict(self.allocation) if self.allocation else None,
+            **({"rotations": turned} if turned else {}),
             "schemes": blocks,
         }
         return json.dumps(document, indent=1) + "\n"
@@ -107,7 +114,11 @@ class Plan:
             if missing := {"allocation", "schemes"} - set(document):
                 raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
             allocation = document["allocation"]
-            return cls(dict(_read_rows(document["schemes"])), None if allocation is None else _read(allocation))
+            return cls(
+                dict(_read_rows(document["schemes"])),
+                None if allocation is None else _read(allocation),
+                dict(_read_rotations(document.get("rotations", {}))),
+            )
         except (ValueError, BadScheme) as error:
             raise BadPlan(name=name, reason=error) from error
 
@@ -152,6 +163,16 @@ def _read_rows(blocks: Any) -> Iterator[tuple[Row, Scheme]]:  # noqa: ANN401  # 
             if not isinstance(scheme, str):
                 raise ValueError(f"{block!r} {key!r} is {scheme!r}, no scheme")
             yield Row(block, bank, role, int(expert)), Scheme.parse(scheme)
+
+
+def _read_rotations(blocks: Any) -> Iterator[tuple[tuple[str, str], int]]:  # noqa: ANN401  # whatever the JSON holds
+    if not (isinstance(blocks, dict) and all(isinstance(banks, dict) for banks in blocks.values())):
+        raise ValueError("rotations is no object of blocks, each an object of banks")
+    for block, found in blocks.items():
+        for bank, size in found.items():
+            if type(size) is not int:
+                raise ValueError(f"the rotation of {block!r} {bank!r} is {size!r}, no number of channels")
+            yield (block, bank), size
 
 
 def _read(allocation: Any) -> Allocation:  # noqa: ANN401  # whatever the JSON holds
@@ -205,7 +226,17 @@ def plan_of(module: ModuleOp) -> Plan:
                     raise PlanMismatch(reason=f"{where} has no choice yet; run allocate-bits first")
                 for expert, index in enumerate(op.choice.array.tolist()):
                     rows[Row(moe.block, bank.name, role, expert)] = moe.candidates[index]
-    return Plan(rows, allocation_of(module))
+    return Plan(rows, allocation_of(module), rotations_of(module))
+
+
+def rotations_of(module: ModuleOp) -> dict[tuple[str, str], int]:
+    """(block, bank) -> channels that are rotated together on their way to down, as a plan lists them."""
+    return {
+        (moe.block, name): bank.act.hadamard
+        for moe in moe_ops(module)
+        for name, bank in banks(moe).items()
+        if bank.act.hadamard
+    }
 
 
 def allocation_of(module: ModuleOp) -> Allocation | None:
@@ -231,11 +262,13 @@ def _from_attribute(attribute: Attribute) -> Any:  # noqa: ANN401  # as given to
 
 def apply_plan(module: ModuleOp, plan: Plan) -> None:
     """
-    Write a plan's choices into a module in place, and make its blocks allocated.
+    Write a plan's choices and rotations into a module in place, and make its blocks allocated.
+
+    A bank without a rotation in the plan keeps the module's own.
 
     Raises:
-        PlanMismatch: rows that the module lacks, rows that the plan lacks, or a scheme that is no candidate; the
-            module is left as it was.
+        PlanMismatch: rows that the module lacks, rows that the plan lacks, a scheme that is no candidate, or a rotation
+            that does not fit or is another one than the module's; the module is left as it was.
     """
     for moe in moe_ops(module):
         if moe.stage == "lowered":
@@ -249,8 +282,10 @@ def apply_plan(module: ModuleOp, plan: Plan) -> None:
         for row in (row for row in plan.rows if row.block == moe.block and plan.rows[row] not in moe.candidates):
             known = ", ".join(map(str, moe.candidates))
             raise PlanMismatch(reason=f"{'/'.join(map(str, row))} wants {plan.rows[row]}, the candidates are {known}")
+    _check_rotations(module, plan)
     for moe in moe_ops(module):
         for bank in banks(moe).values():
+            bank.act.hadamard = plan.rotations.get((moe.block, bank.name), bank.act.hadamard)
             for role, op in bank.linears.items():
                 schemes = [plan.rows[Row(moe.block, bank.name, role, expert)] for expert in range(bank.experts)]
                 choice = np.array([moe.candidates.index(scheme) for scheme in schemes], dtype=np.int8)
@@ -259,3 +294,20 @@ def apply_plan(module: ModuleOp, plan: Plan) -> None:
     module.attributes.pop(_ATTRIBUTE, None)  # of a plan that was applied before
     if plan.allocation:
         module.attributes[_ATTRIBUTE] = _to_attribute(asdict(plan.allocation))
+
+
+def _check_rotations(module: ModuleOp, plan: Plan) -> None:
+    """Raise PlanMismatch unless every rotation of the plan can be written into the module."""
+    found = {(moe.block, name): bank for moe in moe_ops(module) for name, bank in banks(moe).items()}
+    for (block, name), size in plan.rotations.items():
+        where = f"{block} {name}"
+        if (block, name) not in found:
+            raise PlanMismatch(reason=f"it rotates {where}, which the module lacks")
+        bank = found[block, name]
+        if bank.act.hadamard not in (0, size):
+            reason = f"it rotates {where} in blocks of {size}, the module in blocks of {bank.act.hadamard}"
+            raise PlanMismatch(reason=reason)
+        try:
+            check_rotation(bank.linears["down"].k, size)
+        except BadRotation as error:
+            raise PlanMismatch(reason=f"{where}: {error}") from error

@@ -20,6 +20,7 @@ from mxmoe.passes.observers import (
 )
 from mxmoe.passes.pipeline import PASSES, PIPELINES, Observer, parse_passes, run_passes, spell_passes
 from mxmoe.passes.problem import plan_from, problem_of
+from mxmoe.passes.rotate_down import RotateDown
 
 __all__ = [
     "PASSES",
@@ -39,6 +40,7 @@ __all__ = [
     "Observer",
     "Pass",
     "PrintAfterAll",
+    "RotateDown",
     "TimePasses",
     "VerifyEach",
     "find_cost_model",

@@ -20,6 +20,7 @@ PASSES = Registry(
     kind="pass",
     group="mxmoe.passes",
     table={
+        "rotate-down": "mxmoe.passes.rotate_down:RotateDown",
         "annotate-routing": "mxmoe.passes.annotate_routing:AnnotateRouting",
         "annotate-sensitivity": "mxmoe.passes.annotate_sensitivity:AnnotateSensitivity",
         "annotate-cost": "mxmoe.passes.annotate_cost:AnnotateCost",

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxmoe.errors import MissingInput
-from mxmoe.ir import Allocation, LinearOp, ModuleOp, Plan, Scheme, banks, fingerprint, moe_ops, rows_of
+from mxmoe.ir import Allocation, LinearOp, ModuleOp, Plan, Scheme, banks, fingerprint, moe_ops, rotations_of, rows_of
 from mxmoe.solver import Problem, Solution, tie
 
 
@@ -69,7 +69,7 @@ def plan_from(
         nbytes=float(solution.bytes),
         solved_from=fingerprint(module),
     )
-    return Plan(dict(zip(rows_of(module), schemes, strict=True)), allocation)
+    return Plan(dict(zip(rows_of(module), schemes, strict=True)), allocation, rotations_of(module))
 
 
 def _annotation(op: LinearOp, key: str, where: str) -> NDArray[np.float64]:

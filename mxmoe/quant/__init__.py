@@ -7,6 +7,7 @@ What a scheme means: the one definition of quantizing, packing and multiplying, 
 from mxmoe.quant.activation import fake_quantize_activation, largest_act_code, quantize_activation
 from mxmoe.quant.acts import ACT_PARAMS, ACTS, POINTWISE, apply_act
 from mxmoe.quant.formats import FORMATS, Format
+from mxmoe.quant.hadamard import hadamard, random_signs, rotate
 from mxmoe.quant.matmul import matmul
 from mxmoe.quant.options import WithOptions
 from mxmoe.quant.packing import code_position, decode_code, encode_word, pack, pack_codes, unpack, unpack_codes
@@ -38,6 +39,7 @@ __all__ = [
     "encode_word",
     "fake_quantize_activation",
     "find_quantizer",
+    "hadamard",
     "largest_act_code",
     "matmul",
     "n_payload_bytes",
@@ -46,6 +48,8 @@ __all__ = [
     "pack_codes",
     "quantize",
     "quantize_activation",
+    "random_signs",
+    "rotate",
     "scale_dtype",
     "tolerance",
     "unpack",

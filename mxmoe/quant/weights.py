@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mxmoe.errors import BadWeight, NoSuchExpert, PackedAs, PackedOnly, UnknownName
 from mxmoe.ir import Scheme
+from mxmoe.quant.hadamard import rotate
 from mxmoe.quant.packing import pack, unpack
 from mxmoe.quant.quantized import Packed, Quantized
 from mxmoe.quant.quantizers import Quantizer, find_quantizer
@@ -30,7 +31,11 @@ class Weights(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, loaders: Mapping[str, Loader], quantizer: str | Quantizer = "rtn", hessians: Hessians | None = None
+        self,
+        loaders: Mapping[str, Loader],
+        quantizer: str | Quantizer = "rtn",
+        hessians: Hessians | None = None,
+        rotations: Mapping[str, int] | None = None,
     ) -> None:
         """
         Hold the loaders; nothing is loaded yet.
@@ -38,18 +43,40 @@ class Weights(Mapping[str, Tensor]):
         Args:
             loaders: name -> tensor or function that returns it.
             quantizer: a name in `QUANTIZERS` or such a function.
-            hessians: (name, expert) -> hessian [in, in] or None, for quantizers that use it.
+            hessians: (name, expert) -> hessian [in, in] or None, for quantizers that use it; of inputs that are not
+                rotated.
+            rotations: see `rotated`.
         """
         self._loaders = dict(loaders)
         self._quantizer = find_quantizer(quantizer)
         self._hessians = hessians
+        self._rotations = dict(rotations or {})
         self._latest: tuple[str, Tensor] | None = None
 
     def using(self, quantizer: str | Quantizer, hessians: Hessians | None = None) -> Weights:
         """Return the same weights under another quantizer."""
-        return Weights(self._loaders, quantizer, hessians)
+        return Weights(self._loaders, quantizer, hessians, self._rotations)
+
+    def rotated(self, rotations: Mapping[str, int]) -> Weights:
+        """
+        Return the same weights with some rotated along their input channels, as `mxmoe.ir.rotations` says of a module.
+
+        It happens when a weight is asked for, in float32 (or float64) and before it is quantized; a Hessian H becomes
+        R^T H R. The blocks take the place of those of an earlier call: {} gives the weights as they were.
+
+        Args:
+            rotations: name -> channels that are rotated together, see `rotate`.
+        """
+        return Weights(self._loaders, self._quantizer, self._hessians, rotations)
 
     def __getitem__(self, name: str) -> Tensor:
+        return self._turned(name, self._loaded(name))
+
+    def _turned(self, name: str, tensor: Tensor) -> Tensor:
+        block = self._rotations.get(name)
+        return tensor if block is None else rotate(tensor, block)
+
+    def _loaded(self, name: str) -> Tensor:
         latest = self._latest  # read once: another thread may replace it
         if latest is not None and latest[0] == name:
             return latest[1]
@@ -80,12 +107,15 @@ class Weights(Mapping[str, Tensor]):
             BadWeight: the name is a bias.
             NonFiniteWeights, WeightsBeyondFormat: from the quantizer, naming weight and expert.
         """
-        stack = self[name]
+        stack = self._loaded(name)  # one expert is rotated at a time, not all of them for each
         if stack.dim() != 3:
             raise BadWeight(name=name, found=f"{stack.dtype} {list(stack.shape)}")
         check_expert(name, expert, len(stack))
+        weight = self._turned(name, stack[expert])
         hessian = self._hessians(name, expert) if self._hessians else None
-        return self._quantizer(stack[expert], scheme, name=f"{name}[{expert}]", hessian=hessian)
+        if hessian is not None and name in self._rotations:
+            hessian = self._turned(name, self._turned(name, hessian).mT).mT
+        return self._quantizer(weight, scheme, name=f"{name}[{expert}]", hessian=hessian)
 
     def packed(self, name: str, expert: int, scheme: Scheme) -> Packed:
         """Quantize and pack one expert's matrix; raises what `quantized` raises."""
@@ -113,6 +143,10 @@ class PackedWeights(Weights):
     def using(self, quantizer: str | Quantizer, hessians: Hessians | None = None) -> Weights:
         """Raise: codes that are chosen stay chosen."""
         raise PackedOnly(name=next(iter(self._packed), "this"), scheme=self._schemes(next(iter(self._packed), "")))
+
+    def rotated(self, rotations: Mapping[str, int]) -> Weights:
+        """Raise: codes that are chosen stay chosen, rotated or not."""
+        return self.using("rtn")
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._packed:

@@ -38,8 +38,9 @@ def check_pass_on(step: Pass, case: Case, environment: Environment | None = None
     """
     Run a pass over a copy of a case's module and check what holds for every pass; returns the copy.
 
-    The result verifies; its whole text parses back to the same text; and as long as the pass leaves the choices as
-    they are, the eager backend computes bit for bit what it did. A pass that chooses is held to the first two only.
+    The result verifies; its whole text parses back to the same text; and as long as the pass leaves choices and
+    rotations as they are, the eager backend computes bit for bit what it did. A pass that chooses or rotates is held to
+    the first two only.
 
     Raises:
         PassFailed: the module does not verify afterwards.
@@ -56,7 +57,11 @@ def check_pass_on(step: Pass, case: Case, environment: Environment | None = None
 
 
 def _choices(module: ModuleOp) -> dict[tuple[str, str], object]:
-    return {(moe.block, name): schemes_of(moe, bank) for moe in moe_ops(module) for name, bank in banks(moe).items()}
+    return {
+        (moe.block, name): (schemes_of(moe, bank), bank.act.hadamard)
+        for moe in moe_ops(module)
+        for name, bank in banks(moe).items()
+    }
 
 
 def _compare(step: Pass, case: Case, module: ModuleOp) -> None:

@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from hypothesis.vendor.pretty import RepresentationPrinter, for_type_by_name
 from torch import Tensor
 
-from mxmoe.ir import BankShape, BlockShape, ModuleOp, Scheme, Stage, Table, banks, moe_ops, print_ir
+from mxmoe.ir import (
+    BankShape,
+    BlockShape,
+    ModuleOp,
+    Scheme,
+    Stage,
+    Table,
+    banks,
+    moe_ops,
+    print_ir,
+    rotation_blocks,
+    rotations,
+)
 from mxmoe.quant import ACT_PARAMS, ACTS, Weights
 from mxmoe.testing.blocks import Routed, at_stage, random_weights
 
@@ -155,7 +167,15 @@ def modules(draw: st.DrawFn, stage: Stage | None = None) -> ModuleOp:
     shapes = [draw(blocks(f"model.layers.{i}.mlp")) for i in range(draw(st.integers(1, 2)))]
     candidates = draw(st.lists(schemes(), min_size=1, max_size=4, unique=True))
     at = stage or draw(st.sampled_from(("lifted", "annotated", "allocated", "lowered")))
-    return at_stage(shapes, at, candidates, draw(st.integers(0, 2**16)))
+    return _rotated(draw, at_stage(shapes, at, candidates, draw(st.integers(0, 2**16))))
+
+
+def _rotated(draw: st.DrawFn, module: ModuleOp) -> ModuleOp:
+    """Rotate what goes to down, in some banks."""
+    for act in (bank.act for moe in moe_ops(module) for bank in banks(moe).values()):
+        width = act.out.type.get_shape()[-1]  # pyright: ignore  # a tensor, by the verifier
+        act.hadamard = draw(st.sampled_from((0, *rotation_blocks(width))))
+    return module
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +185,7 @@ class Case:
     shape: BlockShape
     module: ModuleOp
     weights: Weights
+    """As the module reads them: those of down are rotated where it rotates what down takes."""
     hidden: Tensor
     """[tokens, hidden], in the dtype of the block."""
     routings: Mapping[str, Routed]
@@ -191,11 +212,12 @@ def cases(draw: st.DrawFn, stage: Stage = "lowered", candidates: Sequence[Scheme
     shape = draw(blocks())
     choices = candidates or draw(st.lists(st.sampled_from(SCHEMES) | schemes(), min_size=1, max_size=4, unique=True))
     seed = draw(st.integers(0, 2**16))
-    module = at_stage([shape], stage, choices, seed)
+    module = _rotated(draw, at_stage([shape], stage, choices, seed))
     drawn = {name: draw(routings(bank.experts, bank.top_k)) for name, bank in banks(moe_ops(module)[0]).items()}
     tokens = len(drawn["routed"].index)
     if "shared" in drawn:
         drawn["shared"] = Routed(torch.zeros((tokens, 1), dtype=torch.int64), torch.ones((tokens, 1)), "shared")
     hidden = torch.randn((tokens, shape.hidden), generator=torch.Generator().manual_seed(seed))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[shape.dtype]
-    return Case(shape, module, random_weights([shape], seed), hidden.to(dtype), drawn)
+    weights = random_weights([shape], seed).rotated(rotations(module))
+    return Case(shape, module, weights, hidden.to(dtype), drawn)

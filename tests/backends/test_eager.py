@@ -11,7 +11,7 @@ from mxmoe.errors import BadHidden, BadRouting, BadWeightShape, NoSuchBank
 from mxmoe.ir import MXMOE, BankShape, BlockShape, MoeOp, Scheme, YieldOp, banks, moe_ops
 from mxmoe.passes import Environment
 from mxmoe.passes.lower_to_group_gemm import LowerToGroupGemm
-from mxmoe.quant import Weights, dequantize, fake_quantize_activation
+from mxmoe.quant import Weights, dequantize, fake_quantize_activation, rotate
 from mxmoe.quant.acts import apply_act
 from mxmoe.testing import Case, Routed, at_stage, cases, random_weights
 
@@ -39,12 +39,14 @@ def _token_by_token(case: Case, bank: BankShape, routed: Routed) -> Tensor:
         return (y + case.weights[bank.biases[role]][expert] if role in bank.biases else y).float()
 
     out = torch.zeros(len(case.hidden), case.shape.hidden)
+    block = banks(moe_ops(case.module)[0])[bank.name].act.hadamard
     for t, (experts, weights) in enumerate(zip(routed.index.tolist(), routed.weights, strict=True)):
         for expert, weight in zip(experts, weights, strict=True):
             if expert < bank.experts:
                 x = case.hidden[t].float()
                 gate = linear(x, "gate", expert) if bank.gated else None
                 h = apply_act(bank.act, gate, linear(x, "up", expert), bank.act_params)
+                h = rotate(h.double(), block).float() if block else h
                 out[t] += weight * linear(h, "down", expert)
     return out
 

@@ -17,6 +17,7 @@ from mxmoe.testing import Case, Routed, cases, check_pass, check_pass_on, random
 from .modules import annotated, small, small_bank, small_stats
 
 TAKES: dict[str, tuple[Stage, ...]] = {
+    "rotate-down": ("lifted",),
     "annotate-routing": ("lifted", "annotated", "allocated"),
     "annotate-sensitivity": ("lifted", "annotated", "allocated"),
     "annotate-cost": ("lifted", "annotated", "allocated"),
@@ -63,7 +64,8 @@ def test_it_runs_where_it_should(name: str, stage: Stage) -> None:
     }  # fmt: skip
     run_passes(module, parse_passes(steps[stage]), Environment(stats))
     plan = plan_of(run_passes(small(), parse_passes(steps["allocated"]), Environment(stats)))
-    run_passes(module, parse_passes(name, {"allocate-bits": {"weight_bits": 6.0}}), Environment(stats, plan=plan))
+    options = {"allocate-bits": {"weight_bits": 6.0}, "rotate-down": {"block": 32}}
+    run_passes(module, parse_passes(name, options), Environment(stats, plan=plan))
 
 
 def test_the_pipelines_agree_about_a_plan() -> None:

@@ -36,6 +36,7 @@ _TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\f\v", exclud
 _NUMBER = st.floats(allow_nan=False)
 _VALUES = {
     "int": st.integers(-(2**40), 2**40),
+    "int | None": st.none() | st.integers(-(2**40), 2**40),
     "float": _NUMBER,
     "float | None": st.none() | _NUMBER,
     "bool": st.booleans(),

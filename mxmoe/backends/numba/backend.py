@@ -84,6 +84,7 @@ def _compile_bank(bank: BankOps, moe: MoeOp, weights: WeightSource) -> Bank:
         act_inputs=tuple(made_by[value] for value in bank.act.inputs),
         act=bank.act.kind,
         act_params=bank.act.params,
+        hadamard=bank.act.hadamard,
         down=_compile_gemm(down, moe, weights),
     )
 

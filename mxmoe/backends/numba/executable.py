@@ -20,7 +20,7 @@ from mxmoe.backends.numba.tiles import tile_list
 from mxmoe.backends.routing import Routing, check_call, sort_assignments
 from mxmoe.errors import NoSuchBank, WrongDevice
 from mxmoe.ir import Scheme, Tile
-from mxmoe.quant import Packed, apply_act, quantize_activation
+from mxmoe.quant import Packed, apply_act, quantize_activation, rotate
 
 MAX_ROWS = 16384
 """Assignments that are run at once; more tokens are run in turns, which bounds the memory between the GEMMs."""
@@ -99,6 +99,8 @@ class Bank:
     """For each input of the nonlinearity, gate first: which of `entries`, and which of its weights."""
     act: str
     act_params: Mapping[str, float]
+    hadamard: int
+    """Channels that are rotated together behind the nonlinearity; 0: none are."""
     down: GroupGemm
 
     @property
@@ -119,6 +121,7 @@ class Bank:
         inputs = [outs[gemm][weight] for gemm, weight in self.act_inputs]
         gate, up = inputs if len(inputs) == 2 else (None, inputs[0])
         act = apply_act(self.act, gate, up, self.act_params)
+        act = rotate(act, self.hadamard) if self.hadamard else act
         rows = torch.arange(len(routing.token))
         down = self.down(act, rows, routing)[0]
         slots = torch.full(index.shape, -1, dtype=torch.int64)
