@@ -161,7 +161,7 @@ class _Work:
     def _scales(self, start: int, end: int, target: Tensor) -> tuple[Tensor, Tensor | None]:
         """Give scale and zero point of each channel of a block, float32 [batch, end - start, n]."""
         if self.is_dynamic:
-            scale, zero = self.options.fit(target.mT, self.scheme)
+            scale, zero = self.options.fit(self._moved(start, end, target).mT, self.scheme)
             group = self.group[:, start]
             self.scale[self.matrices[:, 0], group] = scale.squeeze(-1)
             if self.zero is not None and zero is not None:
@@ -169,6 +169,18 @@ class _Work:
         group = self.group[:, start:end]
         zero = None if self.zero is None else self.zero[self.matrices, group].float()
         return self.scale[self.matrices, group].float(), zero
+
+    def _moved(self, start: int, end: int, target: Tensor) -> Tensor:
+        """
+        Give the weights of a block as the algorithm has moved them when it begins, [batch, end - start, n].
+
+        They make up best for all errors so far. A target alone is not that: it counts on the errors of the channels
+        before it within the block, which are then minus what these move by. Solved for all channels at once.
+        """
+        before = self.weight[:, start:end]
+        inner = self.feedback[:, start:end, start:end].mT
+        moves = torch.linalg.solve_triangular(inner, target - before, upper=False, unitriangular=True)
+        return torch.where(moves.isfinite(), before + moves, target)
 
     def _block(self, start: int, end: int, target: Tensor, scale: Tensor, zero: Tensor | None) -> None:
         """Round the channels of a block at their `target` [batch, end - start, n], which is used up."""
