@@ -207,9 +207,9 @@ class _Seen:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.numel() == b.numel() and a.shape[-1] == b.shape[-1] and torch.equal(a.flatten().float(), b.flatten().float())
-    )
+    if a.device != b.device or a.numel() != b.numel() or a.shape[-1] != b.shape[-1]:
+        return False
+    return torch.equal(a.flatten().float(), b.flatten().float())
 
 
 def _offset(norm: nn.Module, source: Tensor) -> float:
