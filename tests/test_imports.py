@@ -15,9 +15,10 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
+from mxmoe.calib import FACTS
 from mxmoe.cost import COST_MODELS
 from mxmoe.ir import RULES
-from mxmoe.passes import PASSES
+from mxmoe.passes import PASSES, SENSITIVITIES
 from mxmoe.quant import QUANTIZERS
 from mxmoe.solver import SOLVERS
 from mxmoe.target import BACKENDS as BACKEND_TABLE
@@ -302,10 +303,13 @@ def test_the_document_shows_the_stages() -> None:
     }
 
 
+REGISTRIES = (PASSES, SENSITIVITIES, FACTS, BACKEND_TABLE, QUANTIZERS, SOLVERS, COST_MODELS)
+
+
 def test_the_document_shows_the_entry_points() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     shown = set(re.findall(r"`(mxmoe\.\w+)` \|$", text, flags=re.MULTILINE))
-    assert shown == {registry.group for registry in (PASSES, BACKEND_TABLE, QUANTIZERS, SOLVERS, COST_MODELS)}
+    assert shown == {registry.group for registry in REGISTRIES}
 
 
 def test_the_document_shows_the_tree() -> None:

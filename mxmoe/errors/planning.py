@@ -201,6 +201,12 @@ class NotAPass(MxmoeError):
     message = "the pass {name!r} is registered and cannot be used: {reason} (see docs/write-a-pass.md)"
 
 
+class NotASensitivity(MxmoeError):
+    """Something is registered as a sensitivity that is none."""
+
+    message = "the sensitivity {name!r} is registered and cannot be used: {reason} (see docs/sensitivities.md)"
+
+
 class PassDisagrees(MxmoeError):
     """A pass changed what a module computes, or what its text holds."""
 

@@ -21,15 +21,18 @@ from mxmoe.passes.observers import (
 from mxmoe.passes.pipeline import PASSES, PIPELINES, Observer, parse_passes, run_passes, spell_passes
 from mxmoe.passes.problem import plan_from, problem_of
 from mxmoe.passes.rotate_down import RotateDown
+from mxmoe.passes.sensitivities import SENSITIVITIES, ByScore, SeenBank, Sensitivity, distortion, parse_sensitivity
 
 __all__ = [
     "PASSES",
     "PIPELINES",
+    "SENSITIVITIES",
     "AllocateBits",
     "AnnotateCost",
     "AnnotateRouting",
     "AnnotateSensitivity",
     "ApplyPlan",
+    "ByScore",
     "ChooseTiles",
     "Dump",
     "Environment",
@@ -41,11 +44,15 @@ __all__ = [
     "Pass",
     "PrintAfterAll",
     "RotateDown",
+    "SeenBank",
+    "Sensitivity",
     "TimePasses",
     "VerifyEach",
+    "distortion",
     "find_cost_model",
     "histogram",
     "parse_passes",
+    "parse_sensitivity",
     "plan_from",
     "problem_of",
     "run_passes",

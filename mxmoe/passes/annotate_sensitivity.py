@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
-from mxmoe.calib import Norm
-from mxmoe.errors import BadOption
 from mxmoe.ir import ModuleOp, Table, banks
 from mxmoe.passes.base import EARLIER, Environment, Pass, advance
-
-NORMS = ("squared", "unsquared")
-SCALES = ("total", "relative")
+from mxmoe.passes.sensitivities import SeenBank, Sensitivity, parse_sensitivity
 
 
 @dataclass(frozen=True)
@@ -19,31 +14,41 @@ class AnnotateSensitivity(Pass):
     """
     Write `sensitivity[expert, scheme]` on every linear, from the observed statistics.
 
-    The value is the change of the block's output over all observed tokens when only that linear is quantized, weight
-    and input alike. `squared` (sum of squares) adds up over independent errors; `unsquared` is the Frobenius norm that
-    MxMoE sums (ICML 2025, section 3.1). `relative` divides by the squared norm (or the norm) of what the block's banks
-    put out, so that blocks of different magnitude can be weighed against each other; `total` leaves it.
+    How is the method's business: by default the squared change of the block's output when that linear alone is
+    quantized. docs/sensitivities.md lists all; `method="pmq{gamma=1}"` gives one its options.
     """
 
     name = "annotate-sensitivity"
-    norm: str = "squared"
-    """squared or unsquared."""
-    scale: str = "relative"
-    """total or relative."""
+    method: str = "squared"
+    """A name in `SENSITIVITIES`, with options in braces."""
+
+    def __post_init__(self) -> None:
+        """Find out now whether there is such a method."""
+        _ = self.sensitivity
+
+    @property
+    def sensitivity(self) -> Sensitivity:
+        """The method with its options; raises what `parse_sensitivity` raises."""
+        return parse_sensitivity(self.method)
 
     def run(self, module: ModuleOp, environment: Environment) -> None:
         """Annotate every linear; the blocks become annotated."""
-        for option, value, known in (("norm", self.norm, NORMS), ("scale", self.scale, SCALES)):
-            if value not in known:
-                raise BadOption(name=self.name, option=f"{option}={value}", reason=f"it is {' or '.join(known)}")
         stats = environment.need_stats(self.name)
-        for moe in self.blocks(module, "lifted", "annotated", "allocated", way=EARLIER):
-            seen = [environment.seen(self.name, moe, bank) for bank in banks(moe).values()]
-            output = sum(float(one.squared_output.sum()) for one in seen)
-            unit = (output if self.norm == "squared" else output**0.5) if self.scale == "relative" else 1.0
-            for bank in banks(moe).values():
-                for role, op in bank.linears.items():
-                    norm = cast("Norm", self.norm)
-                    values = stats.sensitivity(moe.block, bank.name, role, moe.candidates, norm=norm) / (unit or 1.0)
-                    op.set_table("sensitivity", Table(("expert", "scheme"), values))
+        blocks = self.blocks(module, "lifted", "annotated", "allocated", way=EARLIER)
+        held = [(moe, bank) for moe in blocks for bank in banks(moe).values()]
+        seen = [
+            SeenBank(
+                block=moe.block,
+                name=bank.name,
+                sizes={role: (op.n, op.k) for role, op in bank.linears.items()},
+                schemes=moe.candidates,
+                stats=stats,
+                sums=environment.seen(self.name, moe, bank),
+            )
+            for moe, bank in held
+        ]
+        for (_, bank), losses in zip(held, self.sensitivity.losses(seen), strict=True):
+            for role, op in bank.linears.items():
+                op.set_table("sensitivity", Table(("expert", "scheme"), losses[role]))
+        for moe in blocks:
             advance(moe, "annotated")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -12,11 +11,11 @@ from xdsl.passes import ModulePass
 from mxmoe.calib import BankStats, Stats
 from mxmoe.errors import MissingInput, StatsDoNotFit, WrongStage
 from mxmoe.ir import STAGES, Bank, ModuleOp, MoeOp, Plan, Stage, moe_ops
+from mxmoe.passes.options import Optioned
 from mxmoe.target import TARGETS, Target
 
 EARLIER = "run it earlier"
 """The way out for a pass that comes too late."""
-_BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Pass(ModulePass):
+class Pass(Optioned, ModulePass):
     """
     A named step over a module.
 
@@ -87,35 +86,8 @@ class Pass(ModulePass):
                 raise WrongStage(name=self.name, wanted=wanted, block=moe.block, stage=moe.stage, way=way)
         return moe_ops(module)
 
-    def __str__(self) -> str:
-        """Spell the pass with the options that differ from their defaults, as `parse_passes` reads it."""
-        options = " ".join(self.spelled_options(all_of_them=False))
-        return f"{self.name}{{{options}}}" if options else self.name
-
-    def spelled_options(self, *, all_of_them: bool = True) -> list[str]:
-        """Spell the options, or those that differ from their defaults: ["tokens=1,2", "device"], the latter unset."""
-        given = self.spec(include_default=all_of_them).parameters.items()
-        return [f"{key.replace('_', '-')}{_equals(values)}" for key, values in given]
-
 
 def advance(moe: MoeOp, stage: Stage) -> None:
     """Bring a block to a stage, unless it is further already: an allocated block may be annotated anew."""
     if STAGES.index(moe.stage) < STAGES.index(stage):
         moe.stage = stage
-
-
-def _equals(values: tuple[bool | int | float | str, ...]) -> str:
-    return f"={','.join(map(_spell, values))}" if values else ""
-
-
-def _spell(value: bool | int | float | str) -> str:
-    """Write one value so that it is read back as it is: 1e-05 as 1.0e-05, text in quotes unless it is one word."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        mantissa, e, exponent = repr(value).partition("e")
-        return f"{mantissa}{'' if '.' in mantissa or not e else '.0'}{e}{exponent}"
-    if isinstance(value, int) or (_BARE.fullmatch(value) and value not in ("true", "false")):
-        return str(value)
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-    return f'"{escaped}"'

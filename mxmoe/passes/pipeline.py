@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from xdsl.utils.arg_spec import ArgSpec, parse_pipeline
-from xdsl.utils.exceptions import ArgSpecParseError, ParseError, VerifyException
+from xdsl.utils.arg_spec import ArgSpec
+from xdsl.utils.exceptions import VerifyException
 
-from mxmoe.errors import BadOption, BadPipeline, NotAPass, PassFailed, UnknownName
+from mxmoe.errors import BadOption, NotAPass, PassFailed, UnknownName
 from mxmoe.ir import ModuleOp
 from mxmoe.passes.base import Environment, Pass
+from mxmoe.passes.options import build_step, read_specs
 from mxmoe.registry import Registry, near_names
 
 PASSES = Registry(
@@ -48,8 +46,6 @@ PIPELINES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
-_QUOTED = re.compile(r'("(?:[^"\\]|\\.)*")')
-
 
 class Observer(Protocol):
     """Sees every pass go by: printing, timing and verifying are observers, the driver knows none of them."""
@@ -76,8 +72,8 @@ def parse_passes(text: str, options: Mapping[str, Mapping[str, Any]] | None = No
         NotAPass: something else is registered under the name.
         BadOption: an option that the pass does not have, or a value of another type.
     """
-    specs = [one for spec in _parse(text) for one in _expand(spec)]
-    return tuple(_build(spec, (options or {}).get(spec.name, {})) for spec in specs)
+    specs = [one for spec in read_specs(text) for one in _expand(spec)]
+    return tuple(build_step(_find(spec.name), spec, (options or {}).get(spec.name, {})) for spec in specs)
 
 
 def spell_passes(passes: Sequence[Pass]) -> str:
@@ -111,21 +107,6 @@ def run_passes(
     return module
 
 
-def _parse(text: str) -> list[ArgSpec]:
-    """Read names and options; blanks and line breaks are free but within quotes."""
-    parts = _QUOTED.split(text.strip())
-    parts[::2] = [re.sub(r"\s*([,{}=])\s*", r"\1", part) for part in parts[::2]]
-    try:
-        return list(parse_pipeline("".join(parts)))
-    except (ArgSpecParseError, ParseError) as error:
-        raise BadPipeline(text=text, reason=_reason(error)) from error
-
-
-def _reason(error: BaseException) -> str:
-    """Take the sentence out of xDSL's message, whose other lines show the place in the text."""
-    return str(error).strip().splitlines()[-1].strip(" ^").rstrip(".") or "it does not follow the grammar"
-
-
 def _expand(spec: ArgSpec) -> list[ArgSpec]:
     """Put its passes in place of a pipeline."""
     if spec.name not in PIPELINES:
@@ -133,30 +114,7 @@ def _expand(spec: ArgSpec) -> list[ArgSpec]:
     if spec.parameters:
         reason = f"options belong to passes; it runs {', '.join(PIPELINES[spec.name])}"
         raise BadOption(name=f"the pipeline {spec.name}", option=next(iter(spec.parameters)), reason=reason)
-    return [one for step in PIPELINES[spec.name] for one in _parse(step)]
-
-
-def _build(spec: ArgSpec, options: Mapping[str, Any]) -> Pass:
-    """Make a pass from its parsed spec and from the options that the spec leaves open."""
-    kind = _find(spec.name)
-    hints = typing.get_type_hints(kind)
-    fields = {field.name.replace("_", "-") for field in dataclasses.fields(kind)}
-    values: dict[str, Any] = {}
-    for option, given in spec.normalize_parameter_names().parameters.items():
-        dashed = option.replace("_", "-")
-        if dashed not in fields:
-            raise BadOption(name=spec.name, option=f"the option {dashed}", reason=near_names(dashed, fields))
-        if given == ("none",) and set(typing.get_args(hints[option])) in ({type(None), float}, {type(None), int}):
-            given = ()  # a limit that is lifted, as the command line spells it; text may well be "none"
-        values[option] = tuple(_number(value) if "float" in str(hints[option]) else value for value in given)
-        try:
-            kind.from_spec(ArgSpec(spec.name, {option: values[option]}))
-        except ValueError as error:
-            written = ",".join(map(str, given)) or "nothing"
-            reason = f"it takes {_describe(hints[option])}"
-            raise BadOption(name=spec.name, option=f"{dashed}={written}", reason=reason) from error
-    step = kind.from_spec(ArgSpec(spec.name, values))
-    return dataclasses.replace(step, **{name: value for name, value in options.items() if name not in values})
+    return [one for step in PIPELINES[spec.name] for one in read_specs(step)]
 
 
 def _find(name: str) -> type[Pass]:
@@ -173,24 +131,3 @@ def _find(name: str) -> type[Pass]:
     if required := kind.required_fields():
         raise NotAPass(name=name, reason=f"give its options {', '.join(sorted(required))} defaults")
     return kind
-
-
-def _number(value: Any) -> Any:  # noqa: ANN401  # any option value; what is no number is left to the type check
-    """Read an integer, and words like inf and 1e-5, where a float is wanted."""
-    if type(value) is int:
-        return float(value)
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _describe(hint: Any) -> str:  # noqa: ANN401  # a type hint
-    """Say a type hint in words: `tuple[float, ...] | None` is "numbers, or none"."""
-    one = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "none"}
-    many = {int: "integers", float: "numbers", str: "texts", bool: "trues and falses"}
-    if typing.get_origin(hint) is tuple:
-        return many.get(typing.get_args(hint)[0], str(hint))
-    if alternatives := typing.get_args(hint):
-        return ", or ".join(map(_describe, alternatives))
-    return one.get(hint, str(hint))

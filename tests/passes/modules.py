@@ -5,7 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from mxmoe.calib import BankStats, Stats
-from mxmoe.ir import BankShape, BlockShape, ModuleOp, Scheme, Table, banks, build_module, moe_ops, parse_ir, print_ir
+from mxmoe.ir import (
+    Bank,
+    BankShape,
+    BlockShape,
+    ModuleOp,
+    Scheme,
+    Table,
+    banks,
+    build_module,
+    moe_ops,
+    parse_ir,
+    print_ir,
+)
 from mxmoe.passes import Environment, Pass, run_passes
 
 CANDIDATES = tuple(Scheme.parse(name) for name in ("w2a16_g32_asym", "w4a16_g32_asym", "w8a8_sym"))
@@ -34,8 +46,23 @@ def small_stats(module: ModuleOp, tokens: int = 100) -> Stats:
             counts = tokens * bank.top_k * part // part.sum()
             error = np.outer(part, 256.0 / 16.0 ** np.arange(len(moe.candidates)))
             roles = {role: error * (4.0 if role == "down" else 1.0) for role in bank.linears}
-            found[moe.block, name] = BankStats(tokens, counts, counts / 2.0, part * 10.0, roles)
+            fisher = {role: table * part[::-1, None] for role, table in roles.items()}
+            found[moe.block, name] = BankStats(
+                tokens, counts, counts / 2.0, part * 10.0, roles, "block", part * 5.0, fisher, small_facts(bank)
+            )
     return Stats(moe_ops(module)[0].candidates, found, min_tokens=0)
+
+
+def small_facts(bank: Bank) -> dict[str, dict[str, np.ndarray]]:
+    """Every fact that there is, in round figures: norms 1, 2, 3, ..., and so on."""
+    part = np.arange(1.0, bank.experts + 1)
+    facts = {
+        "norm": part, "trace": 1 / part, "variance": part / 100, "spread": part[::-1] / 50, "alpha": 2 + 1 / part
+    }  # fmt: skip
+    found = {fact: dict.fromkeys(bank.linears, values) for fact, values in facts.items()}
+    if bank.name == "routed":
+        found["norm"]["router"] = part[::-1] / 2
+    return found
 
 
 def annotated(module: ModuleOp | None = None, cost: float = 1.0) -> ModuleOp:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mxmoe.calib import Stats
-from mxmoe.errors import BadOption, MissingInput, NotInStats, StatsDoNotFit
-from mxmoe.ir import ModuleOp, Scheme, linears, moe_ops
-from mxmoe.passes import AnnotateSensitivity, Environment, run_passes
+from mxmoe.errors import BadOption, BadPipeline, MissingInput, NotInStats, StatsDoNotFit, UnknownName
+from mxmoe.ir import ModuleOp, Scheme, linears
+from mxmoe.passes import AnnotateSensitivity, Environment, parse_passes, run_passes
 
 from .modules import before_and_after, small, small_bank, small_stats
 
@@ -26,17 +26,17 @@ def test_squared(golden: object) -> None:
 def test_unsquared_is_the_root() -> None:
     stats = small_stats(small())
     squared = sensitivities(small(), AnnotateSensitivity(), stats)
-    unsquared = sensitivities(small(), AnnotateSensitivity(norm="unsquared"), stats)
+    unsquared = sensitivities(small(), AnnotateSensitivity(method="mxmoe{scale=relative}"), stats)
     assert len(squared) == len(unsquared) == 6
     for one, other in zip(squared, unsquared, strict=True):
         np.testing.assert_allclose(one, other**2)
 
 
-@pytest.mark.parametrize(("norm", "unit"), [("squared", 70.0), ("unsquared", 70.0**0.5)])
-def test_relative_divides_by_the_output_of_all_banks(norm: str, unit: float) -> None:
+@pytest.mark.parametrize(("method", "unit"), [("squared", 70.0), ("mxmoe", 70.0**0.5)])
+def test_relative_divides_by_the_output_of_all_banks(method: str, unit: float) -> None:
     stats = small_stats(small())  # squared outputs 10 + 20 + 30 routed, and 10 shared
-    total = sensitivities(small(), AnnotateSensitivity(norm=norm, scale="total"), stats)
-    relative = sensitivities(small(), AnnotateSensitivity(norm=norm, scale="relative"), stats)
+    total = sensitivities(small(), AnnotateSensitivity(method=f"{method}{{scale=total}}"), stats)
+    relative = sensitivities(small(), AnnotateSensitivity(method=f"{method}{{scale=relative}}"), stats)
     for one, other in zip(total, relative, strict=True):
         np.testing.assert_allclose(one / unit, other)
 
@@ -62,12 +62,21 @@ def test_what_is_missing_is_named() -> None:
         run_passes(small(small_bank(experts=5)), [AnnotateSensitivity()], Environment(stats))
 
 
-@pytest.mark.parametrize(("step", "option"), [
-    (AnnotateSensitivity(norm="cubed"), "norm=cubed"),
-    (AnnotateSensitivity(scale="per-token"), "scale=per-token"),
-])  # fmt: skip
-def test_an_unknown_norm_or_scale_is_refused_before_anything_is_written(step: AnnotateSensitivity, option: str) -> None:
-    module = small()
-    with pytest.raises(BadOption, match=option):
-        run_passes(module, [step], Environment(small_stats(module)))
-    assert moe_ops(module)[0].stage == "lifted"
+def test_a_method_that_cannot_be_is_found_out_before_anything_runs() -> None:
+    with pytest.raises(UnknownName, match="no sensitivity named 'squred'; did you mean squared"):
+        AnnotateSensitivity(method="squred")
+    with pytest.raises(BadOption, match=r"scale=per-token.*relative or total"):
+        AnnotateSensitivity(method="squared{scale=per-token}")
+    with pytest.raises(BadOption, match="the option scal: did you mean scale"):
+        parse_passes('annotate-sensitivity{method="mxmoe{scal=total}"}')
+    with pytest.raises(BadPipeline, match="one sensitivity is wanted"):
+        AnnotateSensitivity(method="squared,fisher")
+    with pytest.raises(BadPipeline, match="not a pipeline"):
+        AnnotateSensitivity(method="squared{")
+
+
+def test_options_of_a_method_are_spelled_within_those_of_the_pass() -> None:
+    step = AnnotateSensitivity(method="pmq{alpha=2.0 gamma=1.0}")
+    assert str(step) == 'annotate-sensitivity{method="pmq{alpha=2.0 gamma=1.0}"}'
+    assert parse_passes(str(step)) == (step,)
+    assert str(step.sensitivity) == "pmq{alpha=2.0 gamma=1.0}"

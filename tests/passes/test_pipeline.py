@@ -86,10 +86,17 @@ class Demanding(Pass):
         pass
 
 
+_METHODS = st.sampled_from(("squared", "fisher", "pmq{alpha=2.0 gamma=1.0e-05}", "mopeq{form=hutchinson}"))
+"""Text that is looked up at once."""
+
+
 @st.composite
 def passes(draw: st.DrawFn) -> Pass:
     kind = PASSES[draw(st.sampled_from(sorted(PASSES)))]
-    options = {field.name: draw(_VALUES[str(field.type)]) for field in dataclasses.fields(kind)}
+    options = {
+        field.name: draw(_METHODS if field.name == "method" else _VALUES[str(field.type)])
+        for field in dataclasses.fields(kind)
+    }
     return kind(**options)
 
 
