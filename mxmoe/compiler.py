@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mxmoe import settings
-from mxmoe.calib import Stats, observe, observe_weights
+from mxmoe.calib import HessiansByBlock, Stats, observe, observe_weights, rereadable
 from mxmoe.checkpoint import Origin
 from mxmoe.compiled import Compilation, copy_modules, install, is_compiled, is_model, lifted_in, make_backend
 from mxmoe.cost import block_launches, predict_block_us
-from mxmoe.errors import BadArgument, CompiledAlready, InfeasibleBudget
+from mxmoe.errors import BadArgument, CompiledAlready, InfeasibleBudget, MissingHessians
 from mxmoe.frontend import Lifted, lift
 from mxmoe.ir import ModuleOp, Plan, Scheme, apply_plan, banks, moe_ops, parse_ir, plan_of, rotations
 from mxmoe.passes import (
@@ -33,7 +33,7 @@ from mxmoe.passes import (
     parse_passes,
     run_passes,
 )
-from mxmoe.quant import QUANTIZERS
+from mxmoe.quant import QUANTIZERS, Quantizer, Weights, needs_hessian, spell_quantizer
 from mxmoe.report.compiled import CompileReport, PlanSummary
 from mxmoe.target import Backend, Executable, Target, find_target
 
@@ -58,7 +58,7 @@ def compile(
     r: float = 0.75,
     tokens: Tokens | None = None,
     plan: Plan | str | os.PathLike[str] | None = None,
-    quantizer: str = "rtn",
+    quantizer: str | Quantizer = "rtn",
     rotate_down: int | None = None,
     pipeline: str = "default",
     observers: Sequence[Observer] = (),
@@ -80,7 +80,9 @@ def compile(
         r: what is minimised is loss^r * time^(1-r).
         tokens: tokens per call that costs are taken for; 512 if not given.
         plan: a plan, or the path of one, to apply in place of solving.
-        quantizer: how weights are quantized, a name in `QUANTIZERS`.
+        quantizer: how weights are quantized: a name in `QUANTIZERS`, also with options, `gptq{damping=0.05}`, or such a
+            function. One that needs Hessians has them collected from `inputs`, for the final weights; sensitivities
+            are those of what it does without.
         rotate_down: channels that are rotated together on their way to down, see `RotateDown`; None rotates nothing.
         pipeline: name of a pipeline, or passes as `pass{option=value},...`; what it spells out wins over arguments.
         observers: called before and after every pass.
@@ -102,7 +104,7 @@ def compile(
     candidates = _candidates(schemes, wanted, goal, backend)
     steps = _steps(pipeline, wanted, _options(candidates, weight_bits, latency_us, r, tokens), rotate_down)
     watching = (*settings.observers(), *observers, VerifyEach())
-    _ = QUANTIZERS[quantizer]  # an unknown name is to be found out now
+    _refuse_without_data(quantizer, inputs)
     if isinstance(block, nn.Module) and is_compiled(block):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CompiledAlready(cls=type(block).__name__)
     lifted = lift(block, candidates=candidates)
@@ -111,14 +113,15 @@ def compile(
     # what is observed is the rotated module
     run_passes(lifted.module, steps[:first], Environment(None, goal, wanted), (kept, clock, *watching))
     _refuse_hopeless(lifted.module, steps, wanted)
+    inputs = rereadable(inputs) if needs_hessian(quantizer) else inputs  # Hessians take a second look
     stats = _statistics(lifted, inputs, candidates, quantizer, has_plan=wanted is not None, quiet=quiet)
     run_passes(lifted.module, steps[first:], Environment(stats, goal, wanted), (kept, clock, *watching))
     if not {"allocated", "lowered"} <= kept.texts.keys():
         raise BadArgument(name="pipeline", value=pipeline, reason=_UNFINISHED)
-    weights = lifted.weights.using(quantizer).rotated(rotations(lifted.module))
-    executables = backend.compile(lifted.module, weights)
     allocated = parse_ir(kept.texts["allocated"])
-    report = _report(lifted, allocated, stats, goal, executables, quantizer, steps, clock.seconds)
+    executables = backend.compile(lifted.module, _weights(lifted, allocated, inputs, quantizer, quiet=quiet))
+    named = spell_quantizer(quantizer)
+    report = _report(lifted, allocated, stats, goal, executables, named, steps, clock.seconds)
     made = Compilation(goal, plan_of(allocated), kept.texts, executables, report, Origin.of(block))
     return install(lifted if is_model(lifted) else lifted_in(lifted, copy_modules(block)), made)
 
@@ -285,11 +288,41 @@ def _token_mix(tokens: Tokens | None) -> Mapping[int, float]:
     return mix
 
 
+def _refuse_without_data(quantizer: str | Quantizer, inputs: Inputs | Stats | None) -> None:
+    """Raise if there is no such quantizer, or if it needs Hessians and nothing to collect them from is given."""
+    if needs_hessian(quantizer) and (inputs is None or isinstance(inputs, Stats)):
+        free = ", ".join(name for name in sorted(QUANTIZERS) if not needs_hessian(name))
+        raise MissingHessians(quantizer=spell_quantizer(quantizer), free=free)
+
+
+def _weights(
+    lifted: Lifted,
+    allocated: ModuleOp,
+    inputs: Inputs | Stats | None,
+    quantizer: str | Quantizer,
+    *,
+    quiet: bool,
+) -> Weights:
+    """Give the weights as they are to be quantized, where Hessians are needed a bank at a time."""
+    turned = rotations(lifted.module)
+    if not needs_hessian(quantizer) or inputs is None or isinstance(inputs, Stats):
+        return lifted.weights.using(quantizer).rotated(turned)
+    schemes = {
+        op.weight: [moe.candidates[index] for index in op.choice.array.tolist()]
+        for moe in moe_ops(allocated)
+        for bank in banks(moe).values()
+        for op in bank.linears.values()
+        if op.choice is not None
+    }
+    hessians = HessiansByBlock(lifted, inputs, quiet=quiet)
+    return lifted.weights.using(quantizer, hessians).rotated(turned).planned(schemes)
+
+
 def _statistics(
     lifted: Lifted,
     inputs: Inputs | Stats | None,
     candidates: Sequence[Scheme],
-    quantizer: str,
+    quantizer: str | Quantizer,
     *,
     has_plan: bool,
     quiet: bool,

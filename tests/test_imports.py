@@ -82,7 +82,7 @@ HEAVY: Mapping[str, tuple[str, ...]] = {
         "evaluate",
     ),
     "transformers": ("evaluate",),
-    "safetensors": ("checkpoint", "evaluate"),
+    "safetensors": ("checkpoint", "evaluate", "calib/hessians.py"),
     "numba": ("backends/numba",),
     "triton": ("backends/triton",),
     "pulp": ("solver/pulp.py",),

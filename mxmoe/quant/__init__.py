@@ -8,11 +8,12 @@ from mxmoe.quant.activation import fake_quantize_activation, largest_act_code, q
 from mxmoe.quant.acts import ACT_PARAMS, ACTS, POINTWISE, apply_act
 from mxmoe.quant.formats import FORMATS, Format
 from mxmoe.quant.hadamard import hadamard, random_signs, rotate
+from mxmoe.quant.hessian import hessian_error
 from mxmoe.quant.matmul import matmul
 from mxmoe.quant.options import WithOptions
 from mxmoe.quant.packing import code_position, decode_code, encode_word, pack, pack_codes, unpack, unpack_codes
 from mxmoe.quant.quantized import Packed, Quantized, n_payload_bytes, scale_dtype
-from mxmoe.quant.quantizers import QUANTIZERS, Quantizer, find_quantizer, needs_hessian
+from mxmoe.quant.quantizers import QUANTIZERS, Quantizer, find_quantizer, needs_hessian, spell_quantizer
 from mxmoe.quant.rtn import checked_weight, dequantize, quantize
 from mxmoe.quant.tolerance import block_tolerance, tolerance
 from mxmoe.quant.weights import PackedWeights, Weights
@@ -40,6 +41,7 @@ __all__ = [
     "fake_quantize_activation",
     "find_quantizer",
     "hadamard",
+    "hessian_error",
     "largest_act_code",
     "matmul",
     "n_payload_bytes",
@@ -51,6 +53,7 @@ __all__ = [
     "random_signs",
     "rotate",
     "scale_dtype",
+    "spell_quantizer",
     "tolerance",
     "unpack",
     "unpack_codes",

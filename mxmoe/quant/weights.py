@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from mxmoe.errors import BadWeight, NoSuchExpert, PackedAs, PackedOnly, UnknownName
+from mxmoe.errors import (
+    BadWeight,
+    NonFiniteWeights,
+    NoSuchExpert,
+    PackedAs,
+    PackedOnly,
+    UnknownName,
+    WeightsBeyondFormat,
+)
 from mxmoe.ir import Scheme
 from mxmoe.quant.hadamard import rotate
 from mxmoe.quant.packing import pack, unpack
 from mxmoe.quant.quantized import Packed, Quantized
 from mxmoe.quant.quantizers import Quantizer, find_quantizer
+from mxmoe.quant.rtn import checked_weight
 from mxmoe.registry import near_names
 
 Loader = Tensor | Callable[[], Tensor]
 Hessians = Callable[[str, int], Tensor | None]
+_BANKS_KEPT = 3
 
 
 class Weights(Mapping[str, Tensor]):
@@ -52,6 +63,8 @@ class Weights(Mapping[str, Tensor]):
         self._hessians = hessians
         self._rotations = dict(rotations or {})
         self._latest: tuple[str, Tensor] | None = None
+        self._planned: Mapping[str, Sequence[Scheme]] = {}
+        self._banks: dict[str, list[Quantized]] = {}
 
     def using(self, quantizer: str | Quantizer, hessians: Hessians | None = None) -> Weights:
         """Return the same weights under another quantizer."""
@@ -111,11 +124,67 @@ class Weights(Mapping[str, Tensor]):
         if stack.dim() != 3:
             raise BadWeight(name=name, found=f"{stack.dtype} {list(stack.shape)}")
         check_expert(name, expert, len(stack))
+        planned = self._planned.get(name)
+        if planned is not None and planned[expert] == scheme:
+            return self._bank(name, planned)[expert]
         weight = self._turned(name, stack[expert])
-        hessian = self._hessians(name, expert) if self._hessians else None
-        if hessian is not None and name in self._rotations:
-            hessian = self._turned(name, self._turned(name, hessian).mT).mT
-        return self._quantizer(weight, scheme, name=f"{name}[{expert}]", hessian=hessian)
+        return self._quantizer(weight, scheme, name=f"{name}[{expert}]", hessian=self._hessian(name, [expert]))
+
+    def quantized_stack(self, name: str, schemes: Sequence[Scheme]) -> list[Quantized]:
+        """
+        Quantize every expert's matrix in a scheme of its own: the experts of one scheme as one stack, in one call.
+
+        Hessians are stacked alike; an expert without one has zeros. A stack gives what its matrices give one by one,
+        up to the rounding of a quantizer that multiplies matrices.
+
+        Raises:
+            BadWeight: the name is a bias, or there is not one scheme per expert.
+            Others as `quantized`, which name the expert.
+        """
+        stack = self._loaded(name)
+        if stack.dim() != 3 or len(stack) != len(schemes):
+            raise BadWeight(name=f"{name}, in {len(schemes)} schemes,", found=f"{stack.dtype} {list(stack.shape)}")
+        found: dict[int, Quantized] = {}
+        for scheme in dict.fromkeys(schemes):
+            experts = [expert for expert, own in enumerate(schemes) if own == scheme]
+            part = self._turned(name, stack[experts])
+            try:
+                quantized = self._quantizer(part, scheme, name=name, hessian=self._hessian(name, experts, stacked=True))
+            except (NonFiniteWeights, WeightsBeyondFormat):
+                for index, expert in enumerate(experts):
+                    checked_weight(part[index], scheme, f"{name}[{expert}]")
+                raise
+            found |= {expert: quantized[index] for index, expert in enumerate(experts)}
+        return [found[expert] for expert in range(len(schemes))]
+
+    def planned(self, schemes: Mapping[str, Sequence[Scheme]]) -> Weights:
+        """
+        Return the same weights with the scheme of every expert known beforehand: name -> schemes.
+
+        `quantized` then takes a bank at a time, with `quantized_stack`, when it is asked for an expert in its scheme.
+        The last three banks' codes are kept: a backend may go through the experts first, or through the roles.
+        """
+        weights = Weights(self._loaders, self._quantizer, self._hessians, self._rotations)
+        weights._planned = dict(schemes)
+        return weights
+
+    def _bank(self, name: str, schemes: Sequence[Scheme]) -> list[Quantized]:
+        held = self._banks  # read once, as above
+        if name not in held:
+            latest = list(held.items())[1 - _BANKS_KEPT :]
+            held = self._banks = {**dict(latest), name: self.quantized_stack(name, schemes)}
+        return held[name]
+
+    def _hessian(self, name: str, experts: Sequence[int], *, stacked: bool = False) -> Tensor | None:
+        """Give the Hessian of one expert [in, in], or of several [experts, in, in]; None if there is none at all."""
+        if self._hessians is None:
+            return None
+        each = [self._hessians(name, expert) for expert in experts]
+        known = next((one for one in each if one is not None), None)
+        if known is None:
+            return None
+        hessian = torch.stack([torch.zeros_like(known) if one is None else one for one in each]) if stacked else known
+        return self._turned(name, self._turned(name, hessian).mT).mT if name in self._rotations else hessian
 
     def packed(self, name: str, expert: int, scheme: Scheme) -> Packed:
         """Quantize and pack one expert's matrix; raises what `quantized` raises."""
@@ -163,9 +232,17 @@ class PackedWeights(Weights):
     def __len__(self) -> int:
         return len(self._packed) + super().__len__()
 
+    def planned(self, schemes: Mapping[str, Sequence[Scheme]]) -> Weights:
+        """Return these weights: nothing is quantized."""
+        return self
+
     def quantized(self, name: str, expert: int, scheme: Scheme) -> Quantized:
         """Unpack one expert's matrix; raises what `packed` raises."""
         return unpack(self.packed(name, expert, scheme))
+
+    def quantized_stack(self, name: str, schemes: Sequence[Scheme]) -> list[Quantized]:
+        """Unpack every expert's matrix; raises what `packed` raises."""
+        return [self.quantized(name, expert, scheme) for expert, scheme in enumerate(schemes)]
 
     def packed(self, name: str, expert: int, scheme: Scheme) -> Packed:
         """
