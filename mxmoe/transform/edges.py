@@ -248,7 +248,7 @@ def _is_preserved(edges: Sequence[Edge], run: Callable[[], Tensor], before: Tens
                 done.append((matrix, scale))
         after = run()
     finally:
-        for parameter, data in kept:
+        for parameter, data in reversed(kept):  # two blocks may share a norm
             parameter.data = data
         for matrix, scale in done:
             matrix.div_(scale.to(matrix))
