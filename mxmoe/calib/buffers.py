@@ -52,6 +52,8 @@ class How:
     """Rows of one expert at a time."""
     keep_bytes: float
     """Quantized weights of one expert that may be kept from chunk to chunk."""
+    rotations: Mapping[str, int]
+    """Weight of a down linear -> channels that are rotated together, as `mxmoe.ir.rotations` says."""
     after: Callable[[], object] = lambda: None
     """Called after each expert, for progress."""
 
@@ -108,6 +110,7 @@ class BankBuffer:
                     {role: stack[index].to(rows.device, torch.float32) for role, stack in biases.items()},
                     f"{self.block.name}.{self.bank.shape.name}[{index}]",
                     _post(self.bank),
+                    how.rotations.get(shape.weights["down"]),
                 )
                 keep = how.keep_bytes if rows.count(index) > how.rows else 0
                 reduction = Reduction(expert, how.schemes, how.quantizer, keep_bytes=keep)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from mxmoe.ir import BankShape, BlockShape
+from mxmoe.ir import BankShape, BlockShape, ModuleOp
 
 
 class BankLike(Protocol):
@@ -65,6 +65,11 @@ class BlockLike(Protocol):
 
 class LiftedLike(Protocol):
     """A torch module and its experts, found."""
+
+    @property
+    def module(self) -> ModuleOp:
+        """The experts as IR; of interest is what it rotates."""
+        ...
 
     @property
     def weights(self) -> Mapping[str, Tensor]:

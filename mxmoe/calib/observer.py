@@ -44,6 +44,7 @@ def observe(
     Each bank's rows wait in a buffer until the memory for them is used up, and are then reduced to sums (`Reduction`).
     The sums are exact over all data: neither the bound nor the batches change them beyond float32 rounding. What the
     block does to a bank's output afterwards (a shared expert's gate, a scaling factor) is asked of the block itself.
+    Where `lifted.module` rotates what goes to down (`rotate-down`), errors of down are those of the rotated product.
 
     With gradients every batch is also run backwards, and the same errors are weighed a second time, by the squared
     derivative of the loss in every channel of the bank's output (`BankStats.fisher_error`).

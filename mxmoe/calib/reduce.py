@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mxmoe.ir import BankShape, Scheme
-from mxmoe.quant import Quantizer, apply_act, dequantize, fake_quantize_activation
+from mxmoe.quant import Quantizer, apply_act, dequantize, fake_quantize_activation, rotate
 
 Post = Callable[[Tensor], Tensor]
 """Applied to an expert's output rows before their router weight, e.g. a norm."""
@@ -52,6 +52,8 @@ class Expert:
     label: str
     """`block.bank[expert]`, for messages of the quantizer."""
     post: Post | None = None
+    rotation: int | None = None
+    """Channels that are rotated together on their way to down, before they are cast; None: they are not."""
 
     def act(self, gate: Tensor | None, up: Tensor) -> Tensor:
         """Combine gate and up rows [rows, intermediate]."""
@@ -85,6 +87,8 @@ class Reduction:
         self.quantizer = quantizer
         self.roles = tuple(expert.weights)
         self.macs = 0
+        down = expert.weights["down"]
+        self._sources = {**expert.weights, "down": self._turned(down)}
         device = next(iter(expert.weights.values())).device
         shape = (len(self.roles), len(self.schemes))
         self._output = torch.zeros(2, dtype=torch.float64, device=device)
@@ -126,7 +130,7 @@ class Reduction:
         squares = reference.square().sum(-1).double()
         self._output[0] += squares @ squared_weight
         self._output[1] += squares.sqrt() @ squared_weight.sqrt()
-        inputs = {"up": _Casts(x), "down": _Casts(hidden)}
+        inputs = {"up": _Casts(x), "down": _Casts(self._turned(hidden))}
         inputs["gate"] = inputs["up"]
         for column, scheme in enumerate(self.schemes):
             for row, role in enumerate(self.roles):
@@ -143,6 +147,10 @@ class Reduction:
                 if slope is not None:
                     self._fisher[row, column] += change.mul_(slope).square_().sum(-1).double().sum()
 
+    def _turned(self, rows: Tensor) -> Tensor:
+        """Rotate what down reads, and the weights it reads it with: their product is as it was."""
+        return rows if self.expert.rotation is None else rotate(rows, self.expert.rotation)
+
     def _post(self, output: Tensor) -> Tensor:
         return output if self.expert.post is None else self.expert.post(output).float()
 
@@ -157,7 +165,7 @@ class Reduction:
         if kept is not None and (role, scheme) in kept:
             return kept[role, scheme]
         label = f"{self.expert.label}.{role}"
-        weight = dequantize(self.quantizer(self.expert.weights[role], scheme, name=label, hessian=None))
+        weight = dequantize(self.quantizer(self._sources[role], scheme, name=label, hessian=None))
         if kept is not None:
             kept[role, scheme] = weight
         return weight

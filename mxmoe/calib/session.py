@@ -15,7 +15,7 @@ from mxmoe.calib.inputs import device_of
 from mxmoe.calib.like import LiftedLike
 from mxmoe.calib.stats import Stats
 from mxmoe.errors import BadOption
-from mxmoe.ir import Scheme
+from mxmoe.ir import Scheme, rotations
 from mxmoe.quant import Quantizer, find_quantizer
 
 CPU_BUFFER_MB = 512.0
@@ -50,7 +50,8 @@ class Session:
         if not self.schemes:
             raise BadOption(name="observe", option="schemes=()", reason="there must be at least one scheme")
         self.bound = _default_bound(device_of(lifted.root)) if max_buffer_mb is None else max_buffer_mb * 1e6
-        self.how = How(lifted.weights, self.schemes, find_quantizer(quantizer), int(max_rows), self.bound)
+        found, turned = find_quantizer(quantizer), rotations(lifted.module)
+        self.how = How(lifted.weights, self.schemes, found, int(max_rows), self.bound, turned)
         self.buffers = {
             (block.name, name): BankBuffer(block, bank, len(self.schemes))
             for block in lifted.blocks

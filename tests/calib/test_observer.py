@@ -28,7 +28,8 @@ from mxmoe.errors import (
 )
 from mxmoe.frontend import Lifted, lift
 from mxmoe.ir import Scheme
-from mxmoe.quant import dequantize, fake_quantize_activation, quantize
+from mxmoe.passes import Environment, RotateDown, run_passes
+from mxmoe.quant import dequantize, fake_quantize_activation, quantize, rotate
 
 HIDDEN, EXPERTS, TOP_K, INNER, SHARED = 32, 5, 2, 24, 40
 SCHEMES = ("bf16", "w4a16_g16_asym", "w2a16_sym", "w8a8_sym", "w4a4_g16_sym", "w8a8_e4m3")
@@ -134,6 +135,31 @@ def test_equals_the_definition(
             want = brute_force(lifted.root, hidden, bank, expert, role, Scheme.parse(scheme))
             # squares double a relative error; the difference of two whole outputs in float32 has a floor of its own
             assert got[expert] == pytest.approx(want, rel=1e-4), (role, expert)
+
+
+def test_a_rotated_module_is_observed_rotated(hidden: Tensor, stats: Stats) -> None:
+    lifted = lift(randomized(Qwen2MoeSparseMoeBlock(config())))
+    run_passes(lifted.module, [RotateDown(block=8)], Environment())
+    got = observe(lifted, hidden, schemes=SCHEMES, min_tokens=0, quiet=True)
+    block: Any = lifted.root
+    scheme = Scheme.parse("w4a4_g16_sym")
+    with torch.no_grad():
+        gate, up = block.experts.gate_up_proj[1].chunk(2)
+        down = block.experts.down_proj[1]
+        _, weights, index = block.gate(hidden)
+        row, slot = torch.where(index == 1)
+        inner = nn.functional.silu(hidden[row] @ gate.T) * (hidden[row] @ up.T)
+        cast = fake_quantize_activation(rotate(inner, 8), scheme) @ dequantize(quantize(rotate(down, 8), scheme)).T
+        want = float(((cast - inner @ down.T) * weights[row, slot, None]).double().square().sum())
+    assert got.sensitivity("moe", "routed", "down", [scheme])[1, 0] == pytest.approx(want, rel=1e-3)
+    assert (
+        got.sensitivity("moe", "routed", "down", [scheme])[1, 0]
+        != stats.sensitivity("moe", "routed", "down", [scheme])[1, 0]
+    )
+    for role in ("gate", "up"):
+        np.testing.assert_allclose(
+            got.sensitivity("moe", "routed", role), stats.sensitivity("moe", "routed", role), rtol=1e-3
+        )
 
 
 def test_unsquared_is_the_norm_of_the_paper(lifted: Lifted, hidden: Tensor, stats: Stats) -> None:
