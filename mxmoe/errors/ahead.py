@@ -1,4 +1,4 @@
-"""Compiling kernels ahead of time, and reading what came out."""
+"""Kernels: compiling them ahead of time, reading what came out, and packing weights for them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ class AheadFailed(MxmoeError):
     """A kernel that the Triton compiler refuses."""
 
     message = "{kernel} does not compile for sm_{arch}: {reason}"
+
+
+class BadInt4(MxmoeError):
+    """Weights or activations that the INT4 kernel cannot take."""
+
+    message = "the INT4 kernel cannot run this: {reason}"
 
 
 class BrokenCubin(MxmoeError):

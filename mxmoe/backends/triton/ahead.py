@@ -150,9 +150,16 @@ def _compile(request: Request) -> Binary:
         made = source(request.kernel, dict(request.signature), dict(request.constexprs), attributes)
         built = triton.compile(made, target=GPUTarget("cuda", request.arch, 32), options=options)
     except Exception as error:  # whatever its passes raise: the caller needs the kernel and the reason
-        raise AheadFailed(kernel=request.name, arch=request.arch, reason=error) from error
+        raise AheadFailed(kernel=request.name, arch=request.arch, reason=_innermost(error)) from error
     meta, asm = built.metadata, built.asm
     return Binary(meta.name, request.arch, meta.num_warps, meta.shared, asm["cubin"], asm["ptx"])
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """Find what a chain of compilation errors, one for each function inlined, began with."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _compile_in_child(requests: Sequence[Request]) -> list[Binary]:
