@@ -6,10 +6,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from mxmoe.errors import UnknownName
 from mxmoe.ir import Scheme
 from mxmoe.quant.options import WithOptions, split_options, with_options
 from mxmoe.quant.quantized import Quantized
-from mxmoe.registry import Registry
+from mxmoe.registry import Registry, near_names
 
 
 class Quantizer(Protocol):
@@ -61,10 +62,12 @@ def find_quantizer(quantizer: str | Quantizer) -> Quantizer:
         UnknownName: no quantizer of that name.
         BadOption: an option that it does not have, or a value that the option cannot take.
     """
-    if not isinstance(quantizer, str):
-        return quantizer
-    name, options = split_options(quantizer)
-    return with_options(QUANTIZERS[name], name, options)
+    if isinstance(quantizer, str):
+        name, options = split_options(quantizer)
+        return with_options(QUANTIZERS[name], name, options)
+    if not callable(quantizer):
+        raise UnknownName(kind="quantizer", name=quantizer, near=near_names(str(quantizer), QUANTIZERS))
+    return quantizer
 
 
 def spell_quantizer(quantizer: str | Quantizer) -> str:
