@@ -116,15 +116,14 @@ def facts_of(
     for block in lifted.blocks:
         for bank_name, bank in block.banks.items():
             table: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in functions}
-            for role, weight in bank.shape.weights.items():
+            for role, weight in bank.shape.weights.items() if functions else ():
                 values: list[Tensor] = []
                 for matrix in lifted.weights[weight]:
                     dense = matrix.detach().float()
-                    values.append(torch.stack([function(dense) for function in functions.values()]))
+                    values.append(torch.stack([function(dense).double() for function in functions.values()]))
                     after()
-                columns = torch.stack(values).cpu().numpy().T if functions else ()
-                for name, column in zip(functions, columns, strict=True):
-                    table[name][role] = column.astype(np.float64)
+                for name, column in zip(functions, torch.stack(values, dim=1).cpu().numpy(), strict=True):
+                    table[name][role] = column
             if bank_name == "routed" and "norm" in table:
                 table["norm"] |= _router_norms(block)
             found[block.name, bank_name] = table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ ERROR = np.array([[200.0, 20.0], [999.0, 999.0], [300.0, 60.0], [0.0, 0.0]])
 
 def bank(tokens: np.ndarray = TOKENS, error: np.ndarray = ERROR) -> BankStats:
     half = tokens / 2
-    return BankStats(200, tokens, half, half * 3, {"up": error, "down": 2 * error})
+    facts = {"norm": {"up": half + 1, "down": half + 2, "router": half}, "alpha": {"up": half}}
+    fisher = {"up": error * 5, "down": error * 6}
+    return BankStats(200, tokens, half, half * 3, {"up": error, "down": 2 * error}, "block", half * 2, fisher, facts)
 
 
 def make(min_tokens: int = 10) -> Stats:
@@ -42,6 +45,17 @@ def equal(one: Stats, other: Stats) -> bool:
             return False
         pairs = [(getattr(sums, f), getattr(there, f)) for f in ("tokens", "mass", "squared_output")]
         pairs += [(error, there.squared_error[role]) for role, error in sums.squared_error.items()]
+        if sums.fisher_error.keys() != there.fisher_error.keys() or sums.facts.keys() != there.facts.keys():
+            return False
+        pairs += [(error, there.fisher_error[role]) for role, error in sums.fisher_error.items()]
+        for fact, table in sums.facts.items():
+            if table.keys() != there.facts[fact].keys():
+                return False
+            pairs += [(values, there.facts[fact][role]) for role, values in table.items()]
+        if (sums.output_norm is None) != (there.output_norm is None):
+            return False
+        if sums.output_norm is not None:
+            pairs.append((sums.output_norm, there.output_norm))
         if not all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs):
             return False
     return True
@@ -54,6 +68,36 @@ def test_experts_with_few_tokens_take_the_bank_mean() -> None:
     assert make().few_tokens() == {("b", "routed"): (1, 3)}
     assert BANK_MEAN in make().report()
     assert "1, 3" in make().report()
+
+
+def test_the_report_says_how_many_tokens_experts_saw() -> None:
+    assert "tokens per expert: 0 to 300, median 51.5; 2 experts under 10, 1 without any" in make().report()
+    (coverage,) = make().coverage().values()
+    share = TOKENS / TOKENS.sum()
+    assert (coverage.least, coverage.median, coverage.most) == (0, 51.5, 300)
+    assert (coverage.under, coverage.none) == (2, 1)
+    assert coverage.imbalance == pytest.approx(share.std())
+    assert Stats((), {}).coverage() == {}
+
+
+def test_errors_as_the_loss_sees_them_have_the_same_fallback() -> None:
+    np.testing.assert_allclose(bank().fisher("up", 10), 5 * bank().squared("up", 10))
+    with pytest.raises(StatsMismatch):
+        Stats(SCHEMES, {("b", "routed"): replace(bank(), fisher_error={"up": ERROR[:2]})})
+
+
+def test_files_of_old_are_read(tmp_path: Path) -> None:
+    """Without what was added since."""
+    path = tmp_path / "stats.npz"
+    make().save(path)
+    with np.load(path) as archive:
+        kept = {
+            n: archive[n] for n in archive.files if not any(f".{new}" in n for new in ("fisher", "fact", "output_n"))
+        }
+    np.savez(path, **kept)
+    old = Stats.load(path).bank("b", "routed")
+    assert (old.output_norm, old.fisher_error, old.facts) == (None, {}, {})
+    assert Stats.load(path).merge(Stats.load(path)).bank("b", "routed").output_norm is None
 
 
 def test_the_report_says_the_error_per_token() -> None:

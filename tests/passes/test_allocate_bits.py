@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from mxmoe.errors import BadProblem, InfeasibleBudget, MissingInput, NoPossibleScheme, UnknownName, WrongStage
+from mxmoe.errors import (
+    BadOption,
+    BadProblem,
+    InfeasibleBudget,
+    MissingInput,
+    NoPossibleScheme,
+    UnknownName,
+    WrongStage,
+)
 from mxmoe.ir import ModuleOp, Plan, Scheme, Table, build_module, linears, moe_ops, plan_of
 from mxmoe.passes import AllocateBits, Environment, problem_of, run_passes
 from mxmoe.testing import modules
@@ -157,3 +165,41 @@ def test_what_cannot_be_solved_is_refused() -> None:
         AllocateBits(solver="lagrange").solve(annotated())
     with pytest.raises(UnknownName, match="did you mean linear"):
         AllocateBits(granularity="linea").solve(annotated())
+
+
+def test_a_budget_per_layer_is_kept_in_every_layer() -> None:
+    module = annotated(small(blocks=3))
+    for index, op in enumerate(linears(module)):
+        assert op.sensitivity is not None
+        op.set_table("sensitivity", Table(op.sensitivity.axes, op.sensitivity.array * 3.0 ** (index // 6)))
+    apart = AllocateBits(weight_bits=4.5, r=1.0, budget_per="layer").solve(module)
+    joint = AllocateBits(weight_bits=4.5, r=1.0).solve(module)
+    assert apart.allocation is not None
+    assert joint.allocation is not None
+    assert joint.allocation.loss < apart.allocation.loss
+    assert apart.allocation.objective["budget_per"] == "layer"
+    assert "budget_per" not in joint.allocation.objective
+    bits = {scheme: scheme.effective_bits(64) for scheme in set(joint.rows.values()) | set(apart.rows.values())}
+
+    def average(plan: Plan, block: str) -> float:
+        own = [bits[scheme] for row, scheme in plan.rows.items() if row.block == block]
+        return sum(own) / len(own)
+
+    blocks = [moe.block for moe in moe_ops(module)]
+    assert all(average(apart, block) <= 4.55 for block in blocks)  # per channel, down has a little more per weight
+    assert max(average(joint, block) for block in blocks) > 4.55
+    alone = AllocateBits(weight_bits=4.5, r=1.0).solve(annotated(small()))
+    assert [s for row, s in apart.rows.items() if row.block == blocks[0]] == list(alone.rows.values())
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (AllocateBits(budget_per="block"), "budget-per=block: it is model or layer"),
+        (AllocateBits(budget_per="layer", latency_us=5.0), "latency-us: blocks share it"),
+        (AllocateBits(budget_per="layer", granularity="model"), "granularity=model: blocks share it"),
+    ],
+)
+def test_what_blocks_share_is_not_dealt_out(step: AllocateBits, words: str) -> None:
+    with pytest.raises(BadOption, match=words):
+        step.solve(annotated())
