@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -109,13 +110,13 @@ def compile(
         raise CompiledAlready(cls=type(block).__name__)
     lifted = lift(block, candidates=candidates)
     kept, clock = KeepStages(), TimePasses()
-    first = next((i + 1 for i, step in reversed(list(enumerate(steps))) if isinstance(step, RotateDown)), 0)
+    n_rotations = sum(isinstance(step, RotateDown) for step in steps)
     # what is observed is the rotated module
-    run_passes(lifted.module, steps[:first], Environment(None, goal, wanted), (kept, clock, *watching))
+    run_passes(lifted.module, steps[:n_rotations], Environment(None, goal, wanted), (kept, clock, *watching))
     _refuse_hopeless(lifted.module, steps, wanted)
     inputs = rereadable(inputs) if needs_hessian(quantizer) else inputs  # Hessians take a second look
     stats = _statistics(lifted, inputs, candidates, quantizer, has_plan=wanted is not None, quiet=quiet)
-    run_passes(lifted.module, steps[first:], Environment(stats, goal, wanted), (kept, clock, *watching))
+    run_passes(lifted.module, steps[n_rotations:], Environment(stats, goal, wanted), (kept, clock, *watching))
     if not {"allocated", "lowered"} <= kept.texts.keys():
         raise BadArgument(name="pipeline", value=pipeline, reason=_UNFINISHED)
     allocated = parse_ir(kept.texts["allocated"])
@@ -212,6 +213,9 @@ def _steps(
         reason = (
             "it solves with allocate-bits although a plan was given; put apply-plan in its place, or leave plan out"
         )
+        raise BadArgument(name="pipeline", value=pipeline, reason=reason)
+    if any(isinstance(after, RotateDown) > isinstance(before, RotateDown) for before, after in pairwise(steps)):
+        reason = "rotate-down comes first, since what is observed is the rotated module"
         raise BadArgument(name="pipeline", value=pipeline, reason=reason)
     if rotate_down is None:
         return steps
