@@ -32,13 +32,13 @@ class Routing:
     """float32 [assignments], router weight."""
 
 
-def check_call(block: str, width: int, experts: int, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+def check_shapes(block: str, width: int, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
     """
-    Check the arguments of an executable.
+    Check the arguments of an executable without reading them, so that nothing waits for a device.
 
     Raises:
         BadHidden: hidden states are not [tokens, width] of a float type.
-        BadRouting: index or weights of another shape or type, or an index outside 0 to `experts` (which is padding).
+        BadRouting: index or weights of another shape or type.
     """
     if hidden.dim() != 2 or hidden.shape[1] != width or not hidden.is_floating_point():
         raise BadHidden(block=block, found=f"{hidden.dtype} {list(hidden.shape)}", hidden=width)
@@ -50,6 +50,16 @@ def check_call(block: str, width: int, experts: int, hidden: Tensor, index: Tens
         raise BadRouting(
             block=block, what="top_k_weights", found=found, wanted=f"a float type of shape {list(index.shape)}"
         )
+
+
+def check_call(block: str, width: int, experts: int, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+    """
+    Check the arguments of an executable.
+
+    Raises:
+        BadHidden, BadRouting: as `check_shapes`; or an index outside 0 to `experts` (which is padding).
+    """
+    check_shapes(block, width, hidden, index, weights)
     if index.numel():
         low, high = (int(bound) for bound in torch.aminmax(index))
         if low < 0 or high > experts:

@@ -2,6 +2,7 @@
 
 from mxmoe.errors.ahead import AheadFailed, BadInt4, BrokenCubin, MissingTool
 from mxmoe.errors.base import MxmoeError
+from mxmoe.errors.evaluating import NoModelFolder, NoText
 from mxmoe.errors.modules import (
     BadActivation,
     BadExperts,
@@ -65,6 +66,7 @@ from mxmoe.errors.running import (
     BadArgument,
     BadDemoFolder,
     BadDispatch,
+    BadTiles,
     BadHidden,
     BadRouting,
     BadSetting,
@@ -90,6 +92,7 @@ from mxmoe.errors.running import (
     RaggedTable,
     StructureMismatch,
     UnsupportedScheme,
+    WrongCapability,
     WrongDevice,
 )
 from mxmoe.errors.transforming import (
@@ -124,6 +127,7 @@ __all__ = [
     "BadDemoFolder",
     "BadDevice",
     "BadDispatch",
+    "BadTiles",
     "BadExperts",
     "BadHessian",
     "BadHidden",
@@ -177,12 +181,14 @@ __all__ = [
     "NeedsBlock",
     "NoCheckpoint",
     "NoKernels",
+    "NoModelFolder",
     "NoMoeBlock",
     "NoPossibleScheme",
     "NoProfile",
     "NoSuchBank",
     "NoSuchExpert",
     "NoSuchStage",
+    "NoText",
     "NonFiniteCalibration",
     "NonFiniteLogits",
     "NonFiniteObservation",
@@ -222,6 +228,7 @@ __all__ = [
     "UnknownTopK",
     "UnsupportedScheme",
     "WeightsBeyondFormat",
+    "WrongCapability",
     "WrongDevice",
     "WrongStage",
 ]

@@ -35,6 +35,18 @@ class BadDemoFolder(MxmoeError):
     message = "cannot write to {folder}: {reason}; name another folder"
 
 
+class WrongCapability(MxmoeError):
+    """A GPU that lacks the instructions a target is compiled for."""
+
+    message = "the target is for compute capability {wanted} and this GPU has {found}; here run {runnable}"
+
+
+class BadTiles(MxmoeError):
+    """Tiles that the kernels are not made for."""
+
+    message = "no kernel for the tiles {tiles!r}: {reason}"
+
+
 class BadDispatch(MxmoeError):
     """Classes of tiles that cannot be scheduled."""
 
@@ -108,7 +120,7 @@ class WrongDevice(MxmoeError):
     """Tensors on a device that the backend cannot read."""
 
     message = (
-        "{backend} runs on the CPU and {block} was given tensors on {device}; move them, or compile for that device"
+        "{backend} holds {block} on {home} and was given tensors on {device}; move them, or compile for that device"
     )
 
 

@@ -186,7 +186,7 @@ class NumbaExecutable:
         compiled = self.banks[bank]
         for tensor in (hidden, index, weights):  # first: checking a call reads the index
             if tensor.device.type != "cpu":
-                raise WrongDevice(backend="numba", block=self.block, device=tensor.device)
+                raise WrongDevice(backend="numba", block=self.block, home="cpu", device=tensor.device)
         check_call(self.block, self.hidden, compiled.experts, hidden, index, weights)
         return compiled
 

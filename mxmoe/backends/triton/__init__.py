@@ -1,7 +1,8 @@
 """
-The GPU backend's seat: plans for it can be made, costed and saved; this build has no kernels to run them.
+The GPU backend: one grouped launch for experts of any mix of schemes, from a tile schedule built on the device.
 
-What is declared here is what the kernels will have to run: the schemes whose matrix units exist on the machine.
+`layout` packs, `dispatch` and `schedule` say which program runs what, `bodies` multiply, `launch` strings them together.
+Nothing here imports Triton before `compile`: without a GPU it must be told to interpret first.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mxmoe.errors import NoKernels, UnknownName
-from mxmoe.ir import ModuleOp, Scheme
+import torch
+
+from mxmoe.backends.triton.layout import body_of
+from mxmoe.backends.triton.mode import choose_mode, has_triton
+from mxmoe.errors import NoKernels, NotLowered, UnknownName, UnsupportedScheme, WrongCapability
+from mxmoe.ir import ModuleOp, MoeOp, Scheme, banks, moe_ops
 from mxmoe.registry import near_names
-from mxmoe.target import TARGETS, Executable, WeightSource
+from mxmoe.target import TARGETS, Executable, Target, WeightSource
 
 HAS_INT4 = {
     "89": True,
@@ -42,21 +47,69 @@ class TritonBackend:
             raise UnknownName(kind="compute capability", name=self.capability, near=near)
 
     def supports(self, scheme: Scheme) -> bool:
-        """Say whether the machine has matrix units for this scheme; weights are decoded to the activations' type."""
-        return scheme.act_format != "int" or scheme.act_bits > 4 or HAS_INT4[self.capability]
+        """Say whether a kernel multiplies this scheme, on matrix units that the machine has."""
+        return body_of(scheme) is not None and (scheme.act_bits > 4 or HAS_INT4[self.capability])
 
     def ready(self) -> None:
         """
-        Refuse: there are no kernels in this build.
+        Say no if this machine cannot run the kernels: before Triton is imported, so that it may be interpreted.
 
         Raises:
-            NoKernels: always; the message names the targets that run.
+            NoKernels: Triton is not installed.
+            WrongCapability: the GPU has another compute capability.
         """
-        runnable = ", ".join(sorted(name for name, target in TARGETS.items() if target.backend != self.name))
-        raise NoKernels(backend=self.name, runnable=runnable)
+        if not has_triton():
+            runnable = ", ".join(sorted(name for name, target in TARGETS.items() if target.backend != self.name))
+            raise NoKernels(backend=self.name, runnable=runnable)
+        choose_mode()
+        if torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            if 10 * major + minor < int(self.capability):
+                found, able = f"{major}.{minor}", ", ".join(name for name, one in TARGETS.items() if _runs(one, major, minor))
+                raise WrongCapability(wanted=self.capability, found=found, runnable=able)
 
     def compile(self, module: ModuleOp, weights: WeightSource) -> Mapping[str, Executable]:
-        """Refuse, as `ready` does."""
-        del module, weights
+        """
+        Quantize, pack and upload every block's weights: block name -> executable.
+
+        Without a CUDA device the executables run in Triton's interpreter: the same kernels and results, slowly.
+
+        Raises:
+            NotLowered: a block still has linears; nothing has been packed then.
+            UnsupportedScheme: an expert has a scheme that no kernel multiplies.
+            BadWeightShape: a weight is not what the module says.
+        """
         self.ready()
-        return {}
+        blocks = moe_ops(module)
+        for moe in blocks:
+            if moe.stage != "lowered":
+                missing = "allocate-bits, lower-to-group-gemm"
+                raise NotLowered(backend=self.name, block=moe.block, stage=moe.stage, missing=missing)
+        for moe in blocks:
+            self._check_schemes(moe)
+        if not torch.cuda.is_available():
+            from mxmoe.backends.triton.interpreter import mend_interpreter
+
+            mend_interpreter()
+        # kernels are decorated when they are imported: only now is it known how
+        from mxmoe.backends.triton.backend import compile_blocks
+
+        return compile_blocks(blocks, weights, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def _check_schemes(self, moe: MoeOp) -> None:
+        for bank in banks(moe).values():
+            for gemm in bank.gemms:
+                assert gemm.choice is not None, f"{gemm.role} of {moe.block} is lowered"
+                for expert, index in enumerate(gemm.choice.array.tolist()):
+                    scheme = moe.candidates[index]
+                    if not self.supports(scheme):
+                        known = ", ".join(str(one) for one in moe.candidates if self.supports(one)) or "none of these"
+                        raise UnsupportedScheme(
+                            backend=f"triton-sm{self.capability}", scheme=scheme, block=moe.block, expert=expert,
+                            weight=gemm.weights[0], known=known,
+                        )  # fmt: skip
+
+
+def _runs(target: Target, major: int, minor: int) -> bool:
+    """Whether a GPU of this compute capability runs a target."""
+    return target.backend != "triton" or int(target.options["capability"]) <= 10 * major + minor

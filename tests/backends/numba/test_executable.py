@@ -93,7 +93,7 @@ def test_a_bad_call_is_refused(compiled: NumbaExecutable) -> None:
         compiled("routed", HIDDEN[:, 1:], INDEX, ROUTER)
     with pytest.raises(BadRouting):
         compiled("routed", HIDDEN, INDEX + 2, ROUTER)
-    with pytest.raises(WrongDevice, match="numba runs on the CPU and mlp was given tensors on meta"):
+    with pytest.raises(WrongDevice, match="numba holds mlp on cpu and was given tensors on meta"):
         compiled("routed", HIDDEN.to("meta"), INDEX, ROUTER)
     with pytest.raises(WrongDevice):
         compiled("routed", HIDDEN.to("meta"), INDEX.to("meta"), ROUTER.to("meta"))

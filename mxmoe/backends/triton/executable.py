@@ -1,0 +1,225 @@
+"""A compiled block on the GPU: its banks, and the call that runs them in fused launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from mxmoe.backends.routing import check_shapes
+from mxmoe.backends.triton.choose import choose_configs
+from mxmoe.backends.triton.dispatch import Dispatch, Tables
+from mxmoe.backends.triton.launch import (
+    FUSED,
+    Epilogue,
+    Matrices,
+    act_in_torch,
+    make_rows,
+    make_tables,
+    run_combine,
+    run_gemm,
+)
+from mxmoe.backends.triton.tiles import Config, classes_of
+from mxmoe.errors import NoSuchBank, WrongDevice
+from mxmoe.quant import Packed, pack
+
+MAX_ROWS = 1 << 18
+"""Assignments that are run at once; more tokens are run in turns, which bounds the memory between the GEMMs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """One compiled bank: the GEMMs in, the nonlinearity between, the GEMM out."""
+
+    experts: int
+    entries: tuple[Matrices, ...]
+    """Gate and up as one; or gate and up, or up alone, each for itself."""
+    names: tuple[tuple[str, ...], ...]
+    """Names of the weights of each entry, gate first, then of `down`."""
+    bias_names: tuple[tuple[str, ...], ...]
+    act: str
+    act_params: Mapping[str, float]
+    down: Matrices
+    fuses: bool = True
+    turn: int = 0
+    """Channels of the Hadamard blocks that the input of down is turned by; 0 for none."""
+    constants: dict[tuple[int, int, tuple[Config, ...]], Tensor] = field(default_factory=dict)
+    """What the schedule's kernels read, by tokens, top_k and configs: uploaded once."""
+
+    @property
+    def gemms(self) -> tuple[Matrices, ...]:
+        """All GEMMs, down last."""
+        return (*self.entries, self.down)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the nonlinearity runs at the end of the first GEMM."""
+        return self.fuses and len(self.entries) == 1 and self.act in FUSED
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights, scales, zero points and biases."""
+        held = sum(one.arena.data.nbytes for one in self.gemms)
+        return held + sum(0 if one.bias is None else one.bias.nbytes for one in self.gemms)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether every matrix has a launch of its own."""
+        return all(one.arena.matrices == 1 for one in self.entries)
+
+    def apart(self) -> Bank:
+        """Give the same bank with gate and up made one by one and the nonlinearity in torch, to look at each."""
+        entries = self.entries if self.is_apart else tuple(one.alone(i) for one in self.entries for i in range(2))
+        return replace(self, entries=entries, fuses=False)
+
+    def configs(self, tokens: int, top_k: int) -> tuple[Config, ...]:
+        """Tiles of every GEMM for a call of so many tokens."""
+        device = self.down.arena.data.device
+        return tuple(choose_configs(one.gemm, tokens, top_k, device) for one in self.gemms)
+
+    def schedule(self, index: Tensor, configs: tuple[Config, ...]) -> Tables:
+        """Build the schedule of entries and down; entries of one bank share their tiling's classes."""
+        tilings = tuple(
+            classes_of(one.gemm, config)[0]
+            for one, config in ((self.entries[0], configs[0]), (self.down, configs[-1]))
+        )
+        tokens, top_k = index.shape
+        dispatch = Dispatch(self.experts, top_k, tokens, tilings)
+        key = (tokens, top_k, configs)
+        known = self.constants.get(key)
+        tables = make_tables(dispatch, torch.empty(0) if known is None else known, index)
+        if known is None:
+            self.constants[key] = tables.constants
+        return tables
+
+    def run(self, hidden: Tensor, index: Tensor, weights: Tensor, configs: tuple[Config, ...]) -> dict[str, Tensor]:
+        """
+        Run checked tokens [tokens, hidden] through their experts.
+
+        Returns:
+            What the steps made: `act` and `down` by sorted row, `out` [tokens, hidden]; `gate` and `up` where they
+            were made apart.
+        """
+        tables = self.schedule(index, configs)
+        rows = tables.dispatch.rows
+        made: dict[str, Tensor] = {}
+        if self.is_fused:
+            kinds = self.entries[0].gemm.row_kinds
+            act = hidden.new_empty((1, rows, self.entries[0].gemm.n))
+            epilogue = Epilogue(self.act, tuple(self.act_params.values()))
+            read = make_rows(hidden, kinds)
+            run_gemm(self.entries[0], configs[0], read, tables, 0, act, epilogue, gather=True)
+            made["act"] = act[0]
+        else:
+            made |= self._apart(hidden, index, configs, tables)
+        down = self._down(made["act"], tables, configs[-1])
+        made |= {"down": down[0] if len(down) == 1 else down.sum(0), "out": torch.empty_like(hidden)}
+        run_combine(down, tables.table("place_of"), weights, made["out"], index.shape[1])
+        return made
+
+    def _apart(
+        self, hidden: Tensor, index: Tensor, configs: tuple[Config, ...], tables: Tables
+    ) -> dict[str, Tensor]:
+        """Run entries one by one, and the nonlinearity in torch: for gate and up of different schemes."""
+        sums: list[Tensor] = []
+        for one, config in zip(self.entries, configs, strict=False):
+            mine = tables if one is self.entries[0] else self._own_schedule(one, config, index)
+            y = torch.empty((1, tables.dispatch.rows, one.gemm.n), dtype=torch.float32, device=hidden.device)
+            run_gemm(one, config, make_rows(hidden, one.gemm.row_kinds), mine, 0, y, Epilogue(), gather=True)
+            sums.append(y[0])
+        gate, up = (sums[0], sums[1]) if len(sums) == 2 else (None, sums[0])
+        act = act_in_torch(self.act, self.act_params, gate, up).to(hidden.dtype)
+        return {**({} if gate is None else {"gate": gate}), "up": up, "act": act}
+
+    def _own_schedule(self, one: Matrices, config: Config, index: Tensor) -> Tables:
+        tokens, top_k = index.shape
+        dispatch = Dispatch(self.experts, top_k, tokens, (classes_of(one.gemm, config)[0],))
+        return make_tables(dispatch, torch.empty(0), index)
+
+    def _down(self, act: Tensor, tables: Tables, config: Config) -> Tensor:
+        gemm = self.down.gemm
+        parts = max(config.shape(scheme).parts for scheme in gemm.distinct)
+        dtype = torch.float32 if parts > 1 else act.dtype
+        y = torch.empty((parts, tables.dispatch.rows, gemm.n), dtype=dtype, device=act.device)
+        read = make_rows(act, gemm.row_kinds, self.turn)
+        run_gemm(self.down, config, read, tables, 1, y, Epilogue(), gather=False)
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class TritonExecutable:
+    """A block whose experts run in Triton. Deterministic: equal calls give equal bits."""
+
+    block: str
+    hidden: int
+    banks: Mapping[str, Bank]
+
+    def packed(self, name: str, expert: int) -> Packed:
+        """See `mxmoe.target.Executable`."""
+        for bank in self.banks.values():
+            for one, names in zip(bank.gemms, bank.names, strict=True):
+                if name in names:
+                    return pack(one.arena.read(names.index(name), expert))
+        raise KeyError(name)
+
+    def bias(self, name: str) -> Tensor:
+        """See `mxmoe.target.Executable`."""
+        for bank in self.banks.values():
+            for one, names in zip(bank.gemms, bank.bias_names, strict=True):
+                if name in names and one.bias is not None:
+                    return one.bias[names.index(name)]
+        raise KeyError(name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights, scales, zero points and biases held; there is no other copy of the weights."""
+        return sum(bank.nbytes for bank in self.banks.values())
+
+    def devices(self) -> Iterator[torch.device]:
+        """Where each bank's weights are."""
+        for bank in self.banks.values():
+            yield bank.down.arena.data.device
+
+    @torch.no_grad()
+    def __call__(self, bank: str, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """
+        Run one bank; see `mxmoe.target.Executable`. An index that is no expert is padding: nothing waits for the
+        device to say so.
+
+        Raises:
+            NoSuchBank: the block has no such bank.
+            BadHidden, BadRouting, WrongDevice: arguments that do not fit the block.
+        """
+        compiled = self._checked(bank, hidden, top_k_index, top_k_weights)
+        out = torch.empty_like(hidden)
+        hidden = hidden.contiguous()
+        index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
+        step = max(1, MAX_ROWS // max(1, index.shape[1]))
+        for start in range(0, len(hidden), step):
+            part = slice(start, start + step)
+            configs = compiled.configs(len(hidden[part]), index.shape[1])
+            out[part] = compiled.run(hidden[part], index[part], weights[part], configs)["out"]
+        return out
+
+    def trace(
+        self, bank: str, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> dict[str, Tensor]:
+        """Run one bank and give what every step made; see `Bank.run`."""
+        compiled = self._checked(bank, hidden, top_k_index, top_k_weights)
+        configs = compiled.configs(*top_k_index.shape)
+        args = (hidden.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous())
+        made = compiled.apart().run(*args, configs if compiled.is_apart else (configs[0], *configs))
+        real = int((top_k_index < compiled.experts).sum())
+        return {role: y.float() if role == "out" else y[:real].float() for role, y in made.items()}
+
+    def _checked(self, bank: str, hidden: Tensor, index: Tensor, weights: Tensor) -> Bank:
+        if bank not in self.banks:
+            raise NoSuchBank(block=self.block, bank=bank, known=", ".join(self.banks))
+        compiled = self.banks[bank]
+        check_shapes(self.block, self.hidden, hidden, index, weights)
+        device = compiled.down.arena.data.device
+        if hidden.device != device:
+            raise WrongDevice(backend="triton", block=self.block, home=device, device=hidden.device)
+        return compiled

@@ -1,0 +1,168 @@
+"""The launches of a block: schedule, rows, gate and up, rows again, down, combine. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from mxmoe.backends.triton import kernels, prepare
+from mxmoe.backends.triton.dispatch import Dispatch, Tables
+from mxmoe.backends.triton.layout import Arena
+from mxmoe.backends.triton.mode import interpreting, programs_at_once
+from mxmoe.backends.triton.rows import RowKind
+from mxmoe.backends.triton.schedule import allocate, build
+from mxmoe.backends.triton.tiles import Config, Gemm, classes_of
+from mxmoe.quant import apply_act, rotate
+from mxmoe.quant import hadamard as hadamard_matrix
+
+FUSED = frozenset(
+    (*("silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2", "sigmoid", "tanh", "identity"),)
+    + ("swiglu_oai", "silu_clamped", "silu_capped", "swiglu_softcap")
+)
+"""Nonlinearities that the kernel computes itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Matrices:
+    """The weights of one GEMM on the device."""
+
+    gemm: Gemm
+    arena: Arena
+    bias: Tensor | None
+    """float32 [matrices, experts, n]."""
+
+    def alone(self, matrix: int) -> Matrices:
+        """Give one of the matrices that share the rows, by itself."""
+        lanes = len(self.gemm.schemes)
+        starts = self.arena.starts[matrix * lanes : (matrix + 1) * lanes]
+        arena = replace(self.arena, matrices=1, base=self.arena.base[matrix : matrix + 1], starts=starts)
+        bias = None if self.bias is None else self.bias[matrix : matrix + 1]
+        return Matrices(replace(self.gemm, gated=False), arena, bias)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Activations as the bodies read them, one entry for each kind of rows."""
+
+    codes: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+
+
+def make_rows(x: Tensor, kinds: tuple[RowKind, ...], turn: int = 0) -> Rows:
+    """
+    Bring rows [rows, k] into every kind; turned by blocks of `turn` channels first, if it is not 0.
+
+    Rows that are already of a kind are used as they are.
+    """
+    rows, k = x.shape
+    if turn and turn & (turn - 1):  # no power of two: the kernel has no such matrix
+        x, turn = rotate(x.float(), turn).to(x.dtype), 0
+    todo = [kind for kind in kinds if turn or kind.format not in ("bf16", "fp16") or kind.dtype != x.dtype]
+    codes = {kind: torch.empty((rows, k), dtype=kind.dtype, device=x.device) for kind in todo}
+    scales = {
+        kind: torch.empty((rows, -(-k // kind.group) if kind.group else 1), dtype=torch.float32, device=x.device)
+        for kind in todo
+    }
+    if todo and rows:
+        block = max(triton.next_power_of_2(k), 16 * turn)
+        prepare.prepare_rows[(rows,)](
+            x, tuple(codes.values()), tuple(scales.values()), hadamard(turn, x.dtype, x.device) if turn else x,
+            k, block, tuple(kind.spec for kind in todo), turn, not interpreting(), num_warps=8 if block > 4096 else 4,
+        )  # fmt: skip
+    none = torch.empty(0, dtype=torch.float32, device=x.device)
+    return Rows(tuple(codes.get(kind, x) for kind in kinds), tuple(scales.get(kind, none) for kind in kinds))
+
+
+@lru_cache(maxsize=64)
+def hadamard(turn: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[turn, turn] of +-1, in an element type that holds them."""
+    return hadamard_matrix(turn).to(device=device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What becomes of the sums: `none` leaves them."""
+
+    act: str = "none"
+    params: tuple[float, ...] = ()
+
+    @property
+    def pair(self) -> tuple[float, float]:
+        """Two numbers, whatever the kind takes."""
+        filled = (*self.params, 0.0, 0.0)
+        return filled[0], filled[1]
+
+
+def run_gemm(
+    matrices: Matrices, config: Config, rows: Rows, tables: Tables, which: int, out: Tensor, epilogue: Epilogue,
+    *, gather: bool,
+) -> None:  # fmt: skip
+    """
+    Multiply every scheduled row by its expert's weights.
+
+    Args:
+        matrices: weights; two with a gate.
+        config: tiles and warps.
+        rows: activations, by token (`gather`) or by sorted row.
+        tables: the schedule; `which` of its tilings was made from `config`.
+        out: [parts, sorted rows, n] to write.
+        epilogue: the nonlinearity, or none.
+        gather: whether a sorted row reads its token's activations, or its own.
+    """
+    gemm, dispatch = matrices.gemm, tables.dispatch
+    _, classes = classes_of(gemm, config)
+    place = dispatch.places
+    first_band = place[f"band_expert{which}"][0]
+    sets = len(dispatch.tilings)
+    class_at = sets * dispatch.expert_width + which * 5 * dispatch.class_width
+    most = dispatch.most_tiles(which)
+    programs = most if not config.per_sm else min(most, config.per_sm * programs_at_once(out.device))
+    if not most:
+        return
+    p, q = epilogue.pair
+    bias = matrices.bias
+    options = {} if config.registers is None or interpreting() else {"maxnreg": config.registers}
+    kernels.group_gemm[(programs,)](
+        rows.codes, rows.scales, matrices.arena.data, matrices.arena.base, rows.scales[0] if bias is None else bias,
+        tables.words[place["row_of"][0] :], tables.words[place[f"class_band{which}"][0] :],
+        tables.constants[class_at:], tables.words[first_band:], dispatch.bands(which), out,
+        dispatch.assignments, dispatch.tokens, out.stride(0),
+        classes, dispatch.class_width, config.grouping, len(gemm.schemes), dispatch.top_k,
+        gather, gemm.gated, bias is not None, epilogue.act, p, q, gemm.n, out.shape[-1], not interpreting(),
+        num_warps=config.warps, **options,
+    )  # fmt: skip
+
+
+def run_combine(y: Tensor, place_of: Tensor, weights: Tensor | None, out: Tensor, top_k: int) -> None:
+    """Sum a token's choices: y [parts, rows, h], places int32 [tokens * top_k], weights [tokens, top_k] or None."""
+    tokens, h = out.shape
+    block = min(triton.next_power_of_2(h), 1024)
+    kernels.combine[(tokens, triton.cdiv(h, block))](
+        y, place_of, y if weights is None else weights, out, y.stride(0),
+        top_k, weights is not None, len(y), h, block, not interpreting(), num_warps=4,
+    )  # fmt: skip
+
+
+def act_in_torch(kind: str, params: Mapping[str, float], gate: Tensor | None, up: Tensor) -> Tensor:
+    """Apply the nonlinearity to float32 sums, where the kernel could not."""
+    return apply_act(kind, gate, up, params)
+
+
+def make_tables(dispatch: Dispatch, constants: Tensor, index: Tensor) -> Tables:
+    """Fill fresh tables for a routing; a captured graph keeps their memory."""
+    if not constants.numel():
+        tables = allocate(dispatch, index.device)
+    else:
+        blocks = -(-dispatch.assignments // 512)
+        words = torch.empty(dispatch.words, dtype=torch.int32, device=index.device)
+        scratch = torch.empty(blocks * dispatch.expert_width, dtype=torch.int32, device=index.device)
+        tables = Tables(dispatch, words, constants, scratch)
+    build(tables, index)
+    return tables
+
+

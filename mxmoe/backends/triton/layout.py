@@ -1,0 +1,230 @@
+"""
+Weights as the kernels read them: every packing function with its inverse beside it.
+
+All matrices of a GEMM lie in one arena of bytes, each at three addresses, for payload, scales and zero points. What the
+bodies read (`bodies.py`): dense matrices row-major; packed ones in blocks of 64 output channels, and within a block in
+units of 64 bytes a row, so that what a program loads together lies together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mxmoe.errors import BadQuantized
+from mxmoe.ir import Scheme
+from mxmoe.quant import Quantized
+
+ROWS = 64
+"""Output channels of a block."""
+PART = 64
+"""Bytes of a row of a unit, and channels of a part of it."""
+ALIGN = 256
+"""Bytes; a tile's loads are then whole lines."""
+
+KINDS = ("dense", "nibbles", "wide")
+"""Names of the bodies, in the order of their numbers in the kernel."""
+
+
+def body_of(scheme: Scheme) -> str | None:
+    """Name the body that runs a scheme, or None where none does."""
+    if scheme.is_float:
+        return "dense"
+    wide_act = scheme.act_bits == 16
+    if wide_act:
+        fits = scheme.weight_bits in (2, 3, 4, 8) and scheme.group_size in (None, 32, 64, 128)
+        return "wide" if fits else None
+    if not scheme.symmetric:
+        return None
+    if scheme.weight_bits == 8 and scheme.act_bits == 8:
+        return "dense" if scheme.group_size is None else None
+    if scheme.weight_bits == 4 and scheme.act_bits in (4, 8):
+        return "nibbles" if scheme.group_size in (None, 128) else None
+    return None
+
+
+def unit_channels(scheme: Scheme) -> int:
+    """Input channels of a unit: 128 at 4 bits; 3-bit codes go by 512, two units of low bits and one of high ones."""
+    return 512 if scheme.weight_bits == 3 else 512 // scheme.weight_bits
+
+
+def pack_payload(q: Quantized) -> Tensor:
+    """
+    Codes [n, k] as the body of their scheme reads them: uint8, flat.
+
+    Raises:
+        BadQuantized: a 4-bit code of -8 where e4m3 multiplies, whose sign and magnitude hold -7 to 7.
+    """
+    body = body_of(q.scheme)
+    if body == "dense":
+        codes = q.codes ^ 0x80 if q.scheme.weight_format == "int" else q.codes  # offset 128 -> two's complement
+        return codes.contiguous().view(torch.uint8).flatten()
+    blocks = -(-q.n // ROWS)
+    channels = unit_channels(q.scheme)
+    middle = 8 if body == "nibbles" else 0
+    padded = functional.pad(q.codes, (0, -q.k % channels, 0, blocks * ROWS - q.n), value=middle)
+    if body == "nibbles" and q.scheme.act_format == "e4m3":
+        padded = _sign_magnitude(padded, q.scheme)
+    units = padded.unflatten(1, (-1, channels)).unflatten(0, (blocks, ROWS)).transpose(1, 2)  # block, unit, row, channel
+    parts = units.unflatten(3, (-1, PART))
+    if q.scheme.weight_bits == 3:
+        high = _bits(parts >> 2, 1)
+        low = [_bits(parts[..., half : half + 4, :] & 3, 2) for half in (0, 4)]
+        return torch.stack([high, *low], dim=2).flatten().contiguous()
+    if body == "nibbles" and q.scheme.act_format == "e4m3":
+        low, high = parts[..., 0, :], parts[..., 1, :]
+        mixed = ((low & 8) << 4) | (low & 7) | ((high & 8) << 3) | ((high & 7) << 3)
+        return mixed.flatten().contiguous()
+    return _bits(parts, q.scheme.weight_bits).flatten().contiguous()
+
+
+def unpack_payload(payload: Tensor, scheme: Scheme, n: int, k: int) -> Tensor:
+    """Undo `pack_payload`: codes [n, k] in the type of `Quantized.codes`."""
+    body = body_of(scheme)
+    if body == "dense":
+        dtype = {"int": torch.uint8, "e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16}
+        codes = payload.view(dtype[scheme.weight_format]).view(n, k)
+        return codes ^ 0x80 if scheme.weight_format == "int" else codes
+    blocks, channels = -(-n // ROWS), unit_channels(scheme)
+    units = -(-k // channels)
+    if scheme.weight_bits == 3:
+        words = payload.view(blocks, units, 3, ROWS, PART)
+        low = torch.cat([_fields(words[:, :, 1 + half], 2) for half in range(2)], dim=-2)
+        parts = low | (_fields(words[:, :, 0], 1) << 2)
+    elif body == "nibbles" and scheme.act_format == "e4m3":
+        b = payload.view(blocks, units, ROWS, PART)
+        signed = torch.stack([((b >> 4) & 8) | (b & 7), ((b >> 3) & 8) | ((b >> 3) & 7)], dim=-2)
+        parts = torch.where(signed & 8 != 0, 8 - (signed & 7), 8 + (signed & 7))
+    else:
+        parts = _fields(payload.view(blocks, units, ROWS, PART), scheme.weight_bits)
+    rows = parts.flatten(3).transpose(1, 2).reshape(blocks * ROWS, units * channels)
+    return rows[:n, :k].contiguous()
+
+
+def pack_meta(meta: Tensor | None, scheme: Scheme, k: int) -> Tensor:
+    """Scales or zero points [n, groups] -> [n block, group, 64] (one channel: [n]), flat bytes; nothing for None."""
+    if meta is None:
+        return torch.empty(0, dtype=torch.uint8)
+    blocks = -(-len(meta) // ROWS)
+    if scheme.group_size is None:
+        return functional.pad(meta[:, 0], (0, blocks * ROWS - len(meta))).contiguous().view(torch.uint8)
+    groups = _groups(scheme, k)
+    padded = functional.pad(meta, (0, groups - meta.shape[1], 0, blocks * ROWS - len(meta)))
+    tiled = padded.unflatten(0, (blocks, ROWS)).transpose(1, 2).contiguous()
+    # a body loads the scales of one unit ahead
+    return functional.pad(tiled.flatten(), (0, ROWS)).view(torch.uint8)
+
+
+def unpack_meta(payload: Tensor, scheme: Scheme, n: int, k: int) -> Tensor:
+    """Undo `pack_meta`: [n, groups] in the scheme's storage type."""
+    blocks = -(-n // ROWS)
+    if scheme.group_size is None:
+        return payload.view(torch.float32)[:n, None].contiguous()
+    groups = _groups(scheme, k)
+    tiled = payload.view(torch.bfloat16)[: blocks * groups * ROWS].view(blocks, groups, ROWS)
+    return tiled.transpose(1, 2).reshape(blocks * ROWS, groups)[:n, : scheme.n_groups(k)].contiguous()
+
+
+def meta_bytes(scheme: Scheme, n: int, k: int) -> int:
+    """Bytes of the scales of a matrix in an arena; 0 for a float scheme."""
+    blocks = -(-n // ROWS)
+    if scheme.is_float:
+        return 0
+    return 4 * blocks * ROWS if scheme.group_size is None else 2 * ROWS * (blocks * _groups(scheme, k) + 1)
+
+
+def payload_bytes(scheme: Scheme, n: int, k: int) -> int:
+    """Bytes of the codes of a matrix in an arena."""
+    if body_of(scheme) == "dense":
+        return n * k * scheme.weight_bits // 8
+    blocks, units = -(-n // ROWS), -(-k // unit_channels(scheme))
+    return blocks * units * ROWS * PART * (3 if scheme.weight_bits == 3 else 1)
+
+
+def _groups(scheme: Scheme, k: int) -> int:
+    """Groups of a row once k is padded to whole units."""
+    assert scheme.group_size is not None, f"{scheme} has no groups"
+    channels = unit_channels(scheme)
+    return max(-(-k // channels) * channels // scheme.group_size, scheme.n_groups(k))
+
+
+def _bits(parts: Tensor, bits: int) -> Tensor:
+    """Join parts [..., part, 64] of codes below 2^bits, the first lowest, to bytes [..., 64]."""
+    word = parts[..., 0, :]
+    for i in range(1, 8 // bits):
+        word = word | (parts[..., i, :] << (bits * i))
+    return word
+
+
+def _fields(words: Tensor, bits: int) -> Tensor:
+    """Undo `_bits`."""
+    return torch.stack([(words >> (bits * i)) & ((1 << bits) - 1) for i in range(8 // bits)], dim=-2)
+
+
+def _sign_magnitude(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Codes 1 to 15, offset 8 -> bit 3 the sign, bits 2..0 the magnitude."""
+    if bool((codes == 0).any()):
+        raise BadQuantized(scheme=scheme, reason="a code is -8, and e4m3 operands are made of -7 to 7")
+    return torch.where(codes < 8, 8 | (8 - codes), codes - 8)
+
+
+@dataclass(frozen=True, eq=False)
+class Arena:
+    """All matrices of one GEMM, as bytes."""
+
+    n: int
+    k: int
+    schemes: tuple[Scheme, ...]
+    """[lane]; every matrix of a lane has its scheme."""
+    matrices: int
+    """Matrices that share the rows: 2 for gate and up together."""
+    data: Tensor
+    """uint8."""
+    base: Tensor
+    """int64 [matrices, lanes, 3]: bytes at which payload, scales and zero points begin; on the device of `data`."""
+    starts: tuple[tuple[int, int, int], ...]
+    """The same on the host, by matrix and lane."""
+
+    def read(self, matrix: int, lane: int) -> Quantized:
+        """Give one matrix back as it was put in."""
+        scheme = self.schemes[lane]
+        payload, scale, zero = self.starts[matrix * len(self.schemes) + lane]
+        codes = self.data[payload : payload + payload_bytes(scheme, self.n, self.k)]
+        held = meta_bytes(scheme, self.n, self.k)
+        metas = [unpack_meta(self.data[at : at + held].clone(), scheme, self.n, self.k) for at in (scale, zero) if held]
+        has_zero = not scheme.symmetric
+        return Quantized(
+            scheme,
+            unpack_payload(codes.clone(), scheme, self.n, self.k),
+            metas[0] if metas else None,
+            metas[1] if has_zero else None,
+        )
+
+
+def allocate_arena(n: int, k: int, schemes: Sequence[Scheme], matrices: int, device: torch.device | str) -> Arena:
+    """Make room for every matrix; `put` fills it."""
+    starts: list[tuple[int, int, int]] = []
+    end = 0
+    for _ in range(matrices):
+        for scheme in schemes:
+            meta = meta_bytes(scheme, n, k)
+            sizes = (payload_bytes(scheme, n, k), meta, 0 if scheme.symmetric else meta)
+            at: list[int] = []
+            for size in sizes:
+                at.append(end)
+                end += -(-size // ALIGN) * ALIGN
+            starts.append((at[0], at[1], at[2]))
+    base = torch.tensor(starts, dtype=torch.int64).view(matrices, len(schemes), 3)
+    data = torch.zeros(end + ALIGN, dtype=torch.uint8, device=device)
+    return Arena(n, k, tuple(schemes), matrices, data, base.to(device), tuple(starts))
+
+
+def put(arena: Arena, matrix: int, lane: int, q: Quantized) -> None:
+    """Write one matrix into its place."""
+    pieces = (pack_payload(q), pack_meta(q.scale, q.scheme, q.k), pack_meta(q.zero, q.scheme, q.k))
+    for at, piece in zip(arena.starts[matrix * len(arena.schemes) + lane], pieces, strict=True):
+        arena.data[at : at + len(piece)] = piece

@@ -1,0 +1,97 @@
+"""Rows as the bodies read them: cast, or quantized per token or per token and group; rotated before where a plan asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from mxmoe.backends.triton.decode import cast
+
+CAST, INTEGER, E4M3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _round(x: tl.tensor) -> Any:
+    """Round to the nearest integer, halves to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _round_e4m3(x: tl.tensor) -> Any:
+    """Round float32 within +-448 to an e4m3, halves to even; for the interpreter, whose own cast cuts off."""
+    bits = x.to(tl.int32, bitcast=True)
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF
+    small = _round(x * 512.0) * 0.001953125
+    return tl.where(tl.abs(x) < 0.015625, small, normal.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _quantize(x: tl.tensor, WAY: tl.constexpr, STEPS: tl.constexpr, PTX: tl.constexpr) -> Any:
+    """Rows of a 2-d tile -> (codes before their cast, scale per row), as `mxmoe.quant.quantize_activation` does."""
+    largest = tl.max(tl.abs(x), 1)
+    broken = tl.sum(((x != x) | (tl.abs(x) == float("inf"))).to(tl.int32), 1) > 0
+    scale = tl.where(largest > 0.0, tl.maximum(tl.div_rn(largest, STEPS), 2.0**-126), 1.0)
+    ratio = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    ratio = tl.where((ratio == ratio) & ~broken[:, None], ratio, 0.0)
+    if WAY == INTEGER:
+        ratio = _round(tl.minimum(tl.maximum(ratio, -STEPS), STEPS))
+    elif not PTX:
+        ratio = _round_e4m3(tl.minimum(tl.maximum(ratio, -STEPS), STEPS))
+    return ratio, tl.where(broken, float("nan"), scale)
+
+
+@triton.jit
+def prepare_row(
+    row: tl.tensor, x_ptr: tl.tensor, codes: tl.tensor, scales: tl.tensor, hadamard_ptr: tl.tensor,
+    K: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, TURN: tl.constexpr, PTX: tl.constexpr,
+) -> Any:  # fmt: skip
+    """
+    Write one row in every kind of KINDS. TURN > 0 multiplies blocks of TURN channels by a Hadamard matrix first.
+
+    `hadamard_ptr` [TURN, TURN] holds +-1 in the type of x, so that products are exact; the root is taken here.
+    """
+    at = row.to(tl.int64) * K
+    if TURN:
+        k = tl.arange(0, BLOCK // TURN)[:, None] * TURN + tl.arange(0, TURN)[None, :]
+        x = tl.load(x_ptr + at + k, mask=k < K, other=0.0)
+        h = tl.load(hadamard_ptr + tl.arange(0, TURN)[:, None] * TURN + tl.arange(0, TURN)[None, :])
+        if x.dtype == tl.float32:
+            x = tl.dot(x, h.to(tl.float32), input_precision="ieee")
+        else:
+            x = tl.dot(x, h.to(x.dtype))
+        x = x * TURN**-0.5
+        x = tl.reshape(x, (1, BLOCK))
+    else:
+        k = tl.arange(0, BLOCK)[None, :]
+        x = tl.load(x_ptr + at + k, mask=k < K, other=0.0).to(tl.float32)
+    k = tl.arange(0, BLOCK)[None, :]
+    for i in tl.static_range(len(KINDS)):
+        WAY: tl.constexpr = KINDS[i][0]
+        GROUP: tl.constexpr = KINDS[i][2]
+        to = codes[i]
+        if WAY == CAST:
+            if to.dtype.element_ty == tl.float16:  # finite values saturate, as the definition has it
+                near = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+                x = tl.where(tl.abs(x) < float("inf"), near, x)
+            tl.store(to + at + k, cast(x, to.dtype.element_ty, PTX), mask=k < K)
+        elif GROUP:
+            groups: tl.constexpr = (K + GROUP - 1) // GROUP
+            ratio, scale = _quantize(tl.reshape(x, (BLOCK // GROUP, GROUP)), WAY, KINDS[i][1], PTX)
+            g = tl.arange(0, BLOCK // GROUP)
+            tl.store(scales[i] + row.to(tl.int64) * groups + g, scale, mask=g < groups)
+            tl.store(to + at + k, tl.reshape(ratio, (1, BLOCK)).to(to.dtype.element_ty), mask=k < K)
+        else:
+            ratio, scale = _quantize(x, WAY, KINDS[i][1], PTX)
+            tl.store(scales[i] + row + tl.arange(0, 1), scale)
+            tl.store(to + at + k, ratio.to(to.dtype.element_ty), mask=k < K)
+
+
+@triton.jit
+def prepare_rows(
+    x_ptr: tl.tensor, codes: tl.tensor, scales: tl.tensor, hadamard_ptr: tl.tensor,
+    K: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, TURN: tl.constexpr, PTX: tl.constexpr,
+) -> Any:  # fmt: skip
+    """One program a row; see `prepare_row`."""
+    prepare_row(tl.program_id(0), x_ptr, codes, scales, hadamard_ptr, K, BLOCK, KINDS, TURN, PTX)

@@ -1,0 +1,148 @@
+"""Which tiles a GEMM is cut into: the numbers that a launch is compiled for, and the classes that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mxmoe.backends.triton.dispatch import TileClass, Tiling
+from mxmoe.backends.triton.layout import KINDS, body_of
+from mxmoe.backends.triton.rows import RowKind
+from mxmoe.errors import BadTiles
+from mxmoe.ir import Scheme
+
+HEIGHTS = (16, 32, 64, 128, 256)
+"""Rows of a tile that the kernels are made for."""
+WIDTHS = (64, 128, 256)
+"""Output channels of a tile, of each of the matrices where there are two."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """
+    The tiles of the experts of one scheme, written `16,64x128k128s4` or with parts of k `16x64k128s4/2`.
+
+    Raises:
+        BadTiles: a number that the kernels are not made for.
+    """
+
+    heights: tuple[int, ...]
+    """Rows, ascending; an expert takes the tallest as often as it fits, and the rest in the smallest that covers it."""
+    width: int
+    """Output channels, of each matrix."""
+    depth: int = 128
+    """Input channels of a step, for dense weights; packed ones go by their units."""
+    stages: int = 4
+    """Steps in flight."""
+    parts: int = 1
+    """Parts that k is split into, summed by whoever reads the result."""
+
+    def __post_init__(self) -> None:
+        fits = self.heights == tuple(sorted(set(self.heights))) and set(self.heights) <= set(HEIGHTS)
+        if not self.heights or not fits or self.width not in WIDTHS:
+            raise BadTiles(tiles=str(self), reason=f"heights ascend among {HEIGHTS}, the width is one of {WIDTHS}")
+        if self.depth not in (32, 64, 128, 256) or not 1 <= self.stages <= 8 or self.parts < 1:
+            raise BadTiles(tiles=str(self), reason="a step has 32 to 256 channels, 1 to 8 steps are in flight")
+
+    def __str__(self) -> str:
+        heights = ",".join(map(str, self.heights))
+        return f"{heights}x{self.width}k{self.depth}s{self.stages}" + (f"/{self.parts}" if self.parts > 1 else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """
+        Read the string form; the inverse of `str`.
+
+        Raises:
+            BadTiles: it is none.
+        """
+        try:
+            heights, _, rest = text.partition("x")
+            width, _, rest = rest.partition("k")
+            depth, _, rest = rest.partition("s")
+            stages, _, parts = rest.partition("/")
+            return cls(tuple(map(int, heights.split(","))), int(width), int(depth), int(stages), int(parts or 1))
+        except ValueError:
+            reason = "write HEIGHT,HEIGHT x WIDTH k DEPTH s STAGES, e.g. 16,64x128k128s4"
+            raise BadTiles(tiles=text, reason=reason) from None
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one launch is compiled and started."""
+
+    warps: int
+    """Warps of a program, for all its bodies."""
+    shapes: tuple[tuple[str, Shape], ...]
+    """(scheme, its tiles), each scheme once."""
+    per_sm: int = 0
+    """Programs for each SM, which walk the tiles; 0 starts one program for each tile that there may be."""
+    grouping: int = 8
+    """Bands that share columns before the next columns come, for the second-level cache."""
+    registers: int | None = None
+    """Most registers of a thread, None for the compiler's choice."""
+
+    def shape(self, scheme: Scheme) -> Shape:
+        """Tiles of a scheme."""
+        return next(shape for name, shape in self.shapes if name == str(scheme))
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One GEMM of a block: its matrices and the scheme of every expert."""
+
+    n: int
+    k: int
+    schemes: tuple[Scheme, ...]
+    """[expert]."""
+    gated: bool = False
+    """Two matrices over the same rows, joined by the nonlinearity."""
+
+    @property
+    def distinct(self) -> tuple[Scheme, ...]:
+        """The schemes that occur, in their order."""
+        return tuple(sorted(set(self.schemes)))
+
+    @property
+    def row_kinds(self) -> tuple[RowKind, ...]:
+        """The kinds of rows that the schemes multiply, in order."""
+        return tuple(sorted({RowKind.of(scheme) for scheme in self.distinct}))
+
+
+def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...], ...]]:
+    """
+    Lay out the classes of a launch, longest tile first.
+
+    Returns:
+        The tiling that the schedule is built from, and what each class is compiled for (`kernels.FIELDS`).
+    """
+    distinct, kinds = gemm.distinct, gemm.row_kinds
+    rows: list[tuple[float, TileClass, tuple[int, ...]]] = []
+    for group, scheme in enumerate(distinct):
+        shape = config.shape(scheme)
+        columns = -(-gemm.n // shape.width) * shape.parts
+        for height in shape.heights:
+            spec = (
+                KINDS.index(body_of(scheme) or ""),
+                *(height, shape.width, shape.depth, shape.stages, gemm.n, gemm.k, scheme.weight_bits),
+                *(scheme.group_size or 0, int(not scheme.symmetric), kinds.index(RowKind.of(scheme))),
+                *(int(scheme.act_group_size is not None), shape.parts),
+            )
+            time = tile_time(scheme, height, shape.width, gemm.k // shape.parts)
+            rows.append((time, TileClass(group, height, columns), spec))
+    rows.sort(key=lambda row: -row[0])
+    groups = tuple(distinct.index(scheme) for scheme in gemm.schemes)
+    return Tiling(tuple(row[1] for row in rows), groups), tuple(row[2] for row in rows)
+
+
+def tile_time(scheme: Scheme, height: int, width: int, k: int) -> float:
+    """
+    Time of a tile in arbitrary units, good enough to say which is longer.
+
+    The larger of the bytes of its weights and its operations, at the ratio that an H200 has per SM: about 170 8-bit
+    operations, or half as many 16-bit ones, for each byte.
+    """
+    rate = 340.0 if scheme.act_bits <= 8 else 170.0
+    weights = width * k * scheme.effective_bits(k) / 8
+    return max(weights, 2.0 * height * width * k / rate) + 0.25 * weights
+
+
