@@ -124,7 +124,8 @@ class Hessians:
             "min_tokens": self.min_tokens,
         }
         tensors = {f"{index}.total": bank.total.contiguous() for index, bank in enumerate(unique)}
-        tensors |= {f"{index}.tokens": bank.tokens.contiguous() for index, bank in enumerate(unique)}
+        # the banks of one block share their counts, which the format does not know
+        tensors |= {f"{index}.tokens": bank.tokens.clone() for index, bank in enumerate(unique)}
         write_whole(path, safetensors.torch.save(tensors, {"header": json.dumps(header)}))
 
     @classmethod
