@@ -53,8 +53,8 @@ def prepare(cell: Cell, plan: Plan, seed: int) -> Any:  # noqa: ANN401  # as abo
     """
     bench, model = _bench(), cell.model
     shapes = [
-        bench.GemmShape(experts=model.experts, k=k, n=n, top_k=model.top_k, fused_gate_up=n == 2 * model.intermediate)
-        for n, k in cell.gemms
+        bench.GemmShape(experts=model.experts, k=k, n=n, top_k=model.top_k, fused_gate_up=part == "gate_up")
+        for part, (n, k) in zip(PARTS if cell.part == "block" else (cell.part,), cell.gemms, strict=False)
     ]
     if cell.part == "block":
         return bench.prepare_block(shapes[0], shapes[1], list(plan[0]), list(plan[1]), tokens=cell.tokens, seed=seed)

@@ -1,0 +1,84 @@
+"""Predicted against measured: points, ranks by hand, and the whole way over a stand-in backend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moe_plans import plan_of, target_costs
+from moe_workloads import MODELS, TOKENS, Cell
+from predict_plans import Point, agreement, main, points, predicted_us, ranks, read, spearman
+
+REAL = ["qwen15_moe", "mixtral", "dsv3"]
+
+
+def test_there_are_enough_points_and_no_two_alike() -> None:
+    found = points(REAL, TOKENS)
+    assert len({point.key for point in found}) == len(found) >= 60
+    assert len({point.plan for point in found}) == len(found)
+    assert {point.cell.part for point in found} == {"gate_up", "down"}
+
+
+def test_a_point_does_not_depend_on_which_others_are_asked_for() -> None:
+    every = {point.key for point in points(REAL, TOKENS)}
+    assert {point.key for point in points(["dsv3"], [512])} <= every
+
+
+def test_ranks_share_ties() -> None:
+    assert ranks([10.0, 30.0, 20.0, 20.0]).tolist() == [0.0, 3.0, 1.5, 1.5]
+
+
+@given(st.lists(st.floats(0.1, 1e4), min_size=3, max_size=30, unique=True))
+@settings(max_examples=50, deadline=None)
+def test_rank_correlation_ignores_what_keeps_the_order(values: list[float]) -> None:
+    array = np.array(values)
+    assert spearman(array, np.log(array) * 7) == pytest.approx(1)
+    assert spearman(array, -array) == pytest.approx(-1)
+    assert np.isnan(spearman(array, np.ones_like(array)))
+
+
+def test_agreement_by_hand() -> None:
+    found = agreement([110.0, 180.0, 300.0], [100.0, 200.0, 300.0])
+    assert found["median_error_percent"] == pytest.approx(10)
+    assert found["worst_error_percent"] == pytest.approx(10)
+    assert found["spearman"] == 1
+    assert found["median_ratio"] == 1
+
+
+def test_more_rows_take_longer() -> None:
+    costs = target_costs()[0]
+    times = [predicted_us(Point(Cell(MODELS["mixtral"], tokens, "down"), "hot:0.25"), costs) for tokens in TOKENS]
+    assert times == sorted(times)
+    assert times[0] > 0
+
+
+def test_measure_and_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_backend: list[tuple[str, ...]]
+) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    out, image = tmp_path / "found.csv", tmp_path / "found.png"
+    main(["measure", "--dry-run", "--out", str(out)])
+    rows = read(out)
+    assert [row["status"] for row in rows] == ["ok"] * 8
+    asked = len(fake_backend)
+    main(["measure", "--dry-run", "--out", str(out)])
+    assert len(fake_backend) == asked, "points that are there are not measured again"
+    assert fake_backend[0] == plan_of(rows[0]["plan"], Cell(MODELS["tiny"], 1, "gate_up"))[0]
+    main(["--out", str(out), "--image", str(image)])
+    figures: dict[str, Any] = json.loads((tmp_path / "predict_plans.json").read_text())["figures"]
+    assert figures["all"]["points"] == 8
+    assert len(figures["points"]) == 8
+    assert image.stat().st_size > 10_000
+
+
+def test_without_a_backend_the_points_are_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "mxmoe.backends.triton.bench", None)
+    out = tmp_path / "found.csv"
+    main(["measure", "--dry-run", "--out", str(out), "--tokens", "1"])
+    assert all(row["status"].startswith("failed: no mxmoe") for row in read(out))
