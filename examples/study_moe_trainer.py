@@ -56,7 +56,7 @@ def build_model(shape: Shape, balance: float) -> Qwen2MoeForCausalLM:
         num_key_value_heads=shape.kv_heads,
         num_experts=shape.experts,
         num_experts_per_tok=shape.top_k,
-        max_position_embeddings=max(2048, shape.window),
+        max_position_embeddings=shape.window,
         tie_word_embeddings=True,
         initializer_range=0.02 * (512 / shape.hidden) ** 0.5,
         router_aux_loss_coef=balance,

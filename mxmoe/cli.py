@@ -1,5 +1,5 @@
 """
-The command line: `mxmoe demo | opt | solve | show | verify`.
+The command line: `mxmoe demo | eval | opt | solve | show | verify`.
 
 Every command imports what it needs when it runs, so that `mxmoe --help` answers at once. A mistake of the user prints
 one sentence to standard error and exits with 2; `mxmoe verify` exits with 1 when a checkpoint is broken.
@@ -63,7 +63,7 @@ def _parsers() -> tuple[_Parser, list[str]]:
     parser = _Parser(prog="mxmoe", description="A mixed-precision compiler for Mixture-of-Experts blocks.")
     parser.add_argument("--version", action="version", version=f"mxmoe {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_demo, _add_opt, _add_solve, _add_show, _add_verify):
+    for add in (_add_demo, _add_eval, _add_opt, _add_solve, _add_show, _add_verify):
         add(commands)
     return parser, list(commands.choices)
 
@@ -90,6 +90,47 @@ def _demo(arguments: argparse.Namespace) -> int:
         quiet=arguments.quiet,
     )
     _print(f"{demo.about}\n\n{demo.table()}\n\nwritten to {demo.folder}: {', '.join(sorted(os.listdir(demo.folder)))}")
+    return 0
+
+
+def _add_eval(commands: _Commands) -> None:
+    parser = commands.add_parser("eval", help="measure a language model as it came, and with compiled experts")
+    parser.add_argument("folder", metavar="DIR", help="transformers folder: config.json, weights, and a tokenizer")
+    parser.add_argument("--plan", metavar="FILE", help="compile by this plan")
+    parser.add_argument("--schemes", metavar="NAMES", help="schemes to choose from, with commas; one means uniform")
+    parser.add_argument("--weight-bits", type=_limit, metavar="BITS", help="average effective bits per weight")
+    parser.add_argument("--r", type=float, default=0.75, help="minimise loss^r * time^(1-r) (default: 0.75)")
+    parser.add_argument("--quantizer", default="rtn", metavar="NAME", help="(default: rtn)")
+    parser.add_argument("--rotate-down", type=int, metavar="N", help="rotate N channels together on their way to down")
+    parser.add_argument("--target", default="eager", metavar="NAME", help="(default: eager)")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8, or token ids in a .bin (default: DIR/held_out.bin)")
+    parser.add_argument("--calibration", metavar="FILE", help="likewise (default: DIR/calibration.bin, else none)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="tokens to measure on at most")
+    parser.add_argument("--calibration-tokens", type=int, default=32768, metavar="N", help="(default: 32768)")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens per window (default: the model's, up to 2048)")
+    parser.add_argument("--batch", type=int, default=4, metavar="N", help="windows per call (default: 4)")
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    import json
+
+    _check_folder(arguments.json, "mxmoe eval")
+    if arguments.plan and (arguments.schemes or arguments.weight_bits):
+        raise BadUsage(reason="--plan says every scheme; leave --schemes and --weight-bits out", program="mxmoe eval")
+    from mxmoe.evaluate.evaluation import Request, evaluate_folder
+
+    names = ("target", "weight_bits", "plan", "r", "quantizer", "rotate_down")
+    schemes = arguments.schemes.split(",") if arguments.schemes else None
+    request = Request(schemes=schemes, **{name: getattr(arguments, name) for name in names})
+    names = ("text", "calibration", "tokens", "calibration_tokens", "window", "batch", "device", "quiet")
+    found = evaluate_folder(arguments.folder, request, **{name: getattr(arguments, name) for name in names})
+    _print(str(found))
+    if arguments.json:
+        write_whole(arguments.json, json.dumps(found.to_dict(), indent=1) + "\n")
     return 0
 
 

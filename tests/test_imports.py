@@ -99,6 +99,7 @@ SIDE_DOORS: Mapping[str, str] = {
     "mxmoe.report.compiled": "reads the IR; the door of `report` takes plain values and loads no IR",
     "mxmoe.report.summary": "as above",
     "mxmoe.evaluate.demo": "loads the whole compiler; the door of `evaluate` is for those who only measure",
+    "mxmoe.evaluate.evaluation": "as above",
 }
 """Files that are imported past their package's front door, with the reason."""
 
