@@ -102,3 +102,87 @@ def test_packed_weights_refuse_what_is_gone() -> None:
         weights.packed(UP, 2, SCHEME)
     with pytest.raises(UnknownName, match="no packed weight named"):
         weights.quantized(BIAS, 0, SCHEME)
+
+
+def same(a: Quantized, b: Quantized) -> bool:
+    return torch.equal(dequantize(a), dequantize(b)) and torch.equal(a.codes.float(), b.codes.float())
+
+
+MIXED = [SCHEME, Scheme.parse("w2a16_sym"), SCHEME, Scheme.parse("bf16"), SCHEME]
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "rtn_mse", "gptq"])
+def test_a_stack_is_quantized_scheme_by_scheme(quantizer: str) -> None:
+    x = torch.randn((5, 40, 6), generator=torch.Generator().manual_seed(0))
+    x[2] = 0
+    hessian = x.mT @ x
+    stack = torch.randn((5, 3, 6), generator=torch.Generator().manual_seed(1))
+    weights = Weights({UP: stack}, quantizer, lambda name, expert: hessian[expert] if expert != 2 else None)
+    found = weights.quantized_stack(UP, MIXED)
+    for expert, scheme in enumerate(MIXED):
+        assert found[expert].scheme == scheme
+        assert same(found[expert], weights.quantized(UP, expert, scheme))
+
+
+def test_a_stack_takes_one_call_for_each_scheme() -> None:
+    calls: list[tuple[torch.Size, str, torch.Tensor | None]] = []
+
+    def spy(
+        weight: torch.Tensor, scheme: Scheme, *, name: str = "weight", hessian: torch.Tensor | None = None
+    ) -> Quantized:
+        calls.append((weight.shape, name, hessian))
+        return quantize(weight, scheme)
+
+    weights = Weights({UP: torch.randn(5, 3, 6)}, spy, lambda name, expert: torch.eye(6) if expert == 4 else None)
+    planned = weights.planned({UP: MIXED})
+    for expert, scheme in enumerate(MIXED):
+        planned.quantized(UP, expert, scheme)
+    assert [(shape, name) for shape, name, _ in calls] == [((3, 3, 6), UP), ((1, 3, 6), UP), ((1, 3, 6), UP)]
+    hessian = calls[0][2]
+    assert hessian is not None
+    assert torch.equal(hessian, torch.stack([torch.zeros(6, 6), torch.zeros(6, 6), torch.eye(6)]))
+    assert calls[1][2] is None
+    planned.quantized(UP, 1, SCHEME)  # not the scheme that was planned
+    assert (calls[-1][0], calls[-1][1]) == ((3, 6), f"{UP}[1]")
+
+
+def test_only_the_last_banks_are_kept() -> None:
+    calls: list[str] = []
+
+    def spy(
+        weight: torch.Tensor, scheme: Scheme, *, name: str = "weight", hessian: torch.Tensor | None = None
+    ) -> Quantized:
+        calls.append(name)
+        return quantize(weight, scheme)
+
+    names = [f"{UP}{index}" for index in range(4)]
+    weights = Weights({name: torch.randn(2, 3, 6) for name in names}, spy)
+    planned = weights.planned({name: [SCHEME] * 2 for name in names})
+    for expert in range(2):
+        for name in names[:3]:
+            planned.quantized(name, expert, SCHEME)
+    assert calls == names[:3]
+    planned.quantized(names[3], 0, SCHEME)
+    planned.quantized(names[2], 0, SCHEME)
+    assert calls == names
+    planned.quantized(names[0], 0, SCHEME)
+    assert calls == [*names, names[0]]
+
+
+def test_mistakes_in_a_stack_name_the_expert() -> None:
+    bad = torch.ones(5, 3, 6)
+    bad[4, 0, 0] = torch.nan
+    weights = Weights({UP: bad, BIAS: torch.zeros(5, 3)})
+    with pytest.raises(NonFiniteWeights, match=r"block\.routed\.up\[4\] holds 1 values"):
+        weights.quantized_stack(UP, MIXED)
+    for name, schemes in ((UP, MIXED[:4]), (BIAS, MIXED)):
+        with pytest.raises(BadWeight, match=f"in {len(schemes)} schemes"):
+            weights.quantized_stack(name, schemes)
+
+
+def test_packed_weights_come_as_a_stack_too() -> None:
+    schemes = [SCHEME, Scheme.parse("bf16")]
+    weights = packed_weights(torch.randn(2, 2, 6), schemes)
+    assert weights.planned({UP: schemes}) is weights
+    for expert, one in enumerate(weights.quantized_stack(UP, schemes)):
+        assert same(one, weights.quantized(UP, expert, schemes[expert]))
