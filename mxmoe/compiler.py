@@ -16,11 +16,12 @@ from mxmoe.calib import HessiansByBlock, Stats, observe, observe_weights, reread
 from mxmoe.checkpoint import Origin
 from mxmoe.compiled import Compilation, copy_modules, install, is_compiled, is_model, lifted_in, make_backend
 from mxmoe.cost import block_launches, predict_block_us
-from mxmoe.errors import BadArgument, CompiledAlready, InfeasibleBudget, MissingHessians
+from mxmoe.errors import BadArgument, CompiledAlready, InfeasibleBudget, MissingHessians, MissingInput
 from mxmoe.frontend import Lifted, lift
 from mxmoe.ir import ModuleOp, Plan, Scheme, apply_plan, banks, moe_ops, parse_ir, plan_of, rotations
 from mxmoe.passes import (
     AllocateBits,
+    AnnotateSensitivity,
     ApplyPlan,
     ChooseTiles,
     Environment,
@@ -57,6 +58,7 @@ def compile(
     weight_bits: float | None = 5.0,
     latency_us: float | None = None,
     r: float = 0.75,
+    sensitivity: str = "squared",
     tokens: Tokens | None = None,
     plan: Plan | str | os.PathLike[str] | None = None,
     quantizer: str | Quantizer = "rtn",
@@ -79,6 +81,7 @@ def compile(
         weight_bits: budget on average effective bits per weight, None for no limit. One scheme needs no budget.
         latency_us: budget on the summed cost of all chosen schemes, in microseconds on the target's device.
         r: what is minimised is loss^r * time^(1-r).
+        sensitivity: what a scheme costs in accuracy: a name in `SENSITIVITIES`, also with options, `pmq{gamma=1}`.
         tokens: tokens per call that costs are taken for; 512 if not given.
         plan: a plan, or the path of one, to apply in place of solving.
         quantizer: how weights are quantized: a name in `QUANTIZERS`, also with options, `gptq{damping=0.05}`, or such a
@@ -103,7 +106,7 @@ def compile(
     goal, wanted = find_target(target), _read_plan(plan)
     backend = make_backend(goal)
     candidates = _candidates(schemes, wanted, goal, backend)
-    steps = _steps(pipeline, wanted, _options(candidates, weight_bits, latency_us, r, tokens), rotate_down)
+    steps = _steps(pipeline, wanted, _options(candidates, weight_bits, latency_us, r, sensitivity, tokens), rotate_down)
     watching = (*settings.observers(), *observers, VerifyEach())
     _refuse_without_data(quantizer, inputs)
     if isinstance(block, nn.Module) and is_compiled(block):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -115,7 +118,7 @@ def compile(
     run_passes(lifted.module, steps[:n_rotations], Environment(None, goal, wanted), (kept, clock, *watching))
     _refuse_hopeless(lifted.module, steps, wanted)
     inputs = rereadable(inputs) if needs_hessian(quantizer) else inputs  # Hessians take a second look
-    stats = _statistics(lifted, inputs, candidates, quantizer, has_plan=wanted is not None, quiet=quiet)
+    stats = _statistics(lifted, inputs, candidates, quantizer, steps, has_plan=wanted is not None, quiet=quiet)
     run_passes(lifted.module, steps[n_rotations:], Environment(stats, goal, wanted), (kept, clock, *watching))
     if not {"allocated", "lowered"} <= kept.texts.keys():
         raise BadArgument(name="pipeline", value=pipeline, reason=_UNFINISHED)
@@ -248,6 +251,7 @@ def _options(
     weight_bits: float | None,
     latency_us: float | None,
     r: float,
+    sensitivity: str,
     tokens: Tokens | None,
 ) -> dict[str, dict[str, Any]]:
     """Check the numbers and hand each pass its own."""
@@ -255,6 +259,7 @@ def _options(
     mix = _token_mix(tokens)
     uniform = len(candidates) == 1
     return {
+        "annotate-sensitivity": {"method": sensitivity},
         "annotate-cost": {"tokens": tuple(mix), "token_weights": tuple(float(w) for w in mix.values())},
         "allocate-bits": {
             "weight_bits": None if uniform or weight_bits is None else float(weight_bits),
@@ -327,16 +332,25 @@ def _statistics(
     inputs: Inputs | Stats | None,
     candidates: Sequence[Scheme],
     quantizer: str | Quantizer,
+    steps: Sequence[Pass],
     *,
     has_plan: bool,
     quiet: bool,
 ) -> Stats | None:
-    """Observe; with a plan there is nothing to weigh, and data serve only to say how tokens are routed."""
+    """Observe what the passes need; with a plan there is nothing to weigh, and data serve only to say how to route."""
     if isinstance(inputs, Stats):
         return inputs
+    methods = [step.sensitivity for step in steps if isinstance(step, AnnotateSensitivity)]
+    facts = tuple(dict.fromkeys(fact for method in methods for fact in method.needs_facts))
+    gradients = any(method.needs_gradients for method in methods)
+    if inputs is None and gradients:
+        way = "pass token ids as inputs, or take another sensitivity"
+        raise MissingInput(name="annotate-sensitivity", what="data to differentiate a loss on", way=way)
     if inputs is None:
-        return None if has_plan else observe_weights(lifted, candidates, quantizer=quantizer, quiet=quiet)
-    return observe(lifted, inputs, schemes=candidates, quantizer=quantizer, quiet=quiet)
+        return None if has_plan else observe_weights(lifted, candidates, facts=facts, quantizer=quantizer, quiet=quiet)
+    return observe(
+        lifted, inputs, schemes=candidates, gradients=gradients, facts=facts, quantizer=quantizer, quiet=quiet
+    )
 
 
 def _report(

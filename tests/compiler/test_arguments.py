@@ -14,9 +14,10 @@ import mxmoe.compiler
 from mxmoe.backends.eager import EagerBackend
 from mxmoe.calib import observe
 from mxmoe.compiler import Tokens
+from mxmoe.errors import BadOption, MissingInput, UnknownName
 from mxmoe.frontend import lift
 from mxmoe.ir import Allocation, ModuleOp, Scheme, moe_ops, parse_ir, print_ir
-from mxmoe.passes import PIPELINES, Pass
+from mxmoe.passes import PIPELINES, SENSITIVITIES, Pass
 
 from .blocks import (
     HIDDEN,
@@ -162,3 +163,20 @@ def test_the_report_says_what_was_found_and_done(block: nn.Module) -> None:
     assert report.bytes_quantized == found * rows["w4a16_g32_asym"] // 15  # all 15 rows are 32 x 32
     assert sum(rows.values()) == 15
     assert report.predicted_us.keys() == {"moe"}
+
+
+@pytest.mark.parametrize("sensitivity", sorted({*SENSITIVITIES.table} - {"fisher"}))
+def test_every_sensitivity_is_observed_for_and_solved(block: nn.Module, x: Tensor, sensitivity: str) -> None:
+    made = compiled(block, "eager", inputs=x, schemes=TWO, weight_bits=5.0, r=1.0, sensitivity=sensitivity)
+    assert made.plan.allocation.weight_bits <= 5.0
+    free = compiled(block, "eager", schemes=TWO, weight_bits=5.0, r=1.0, sensitivity=sensitivity)
+    assert free.plan.allocation.weight_bits <= 5.0
+
+
+def test_a_sensitivity_that_cannot_be_is_found_out_at_once(block: nn.Module, x: Tensor) -> None:
+    with pytest.raises(UnknownName, match="did you mean squared"):
+        compiled(block, "eager", inputs=x, sensitivity="squarred")
+    with pytest.raises(MissingInput, match="differentiate a loss"):
+        compiled(block, "eager", sensitivity="fisher")
+    with pytest.raises(BadOption, match="a block has no loss"):
+        compiled(block, "eager", inputs=x, sensitivity="fisher")
