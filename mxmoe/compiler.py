@@ -140,6 +140,7 @@ def solve(
     solver: str = "lagrangian",
     granularity: str = "linear",
     tie_gate_up: bool = True,
+    budget_per: str = "model",
 ) -> Plan:
     """
     Solve an annotated module for another budget; neither the model nor data is needed.
@@ -155,6 +156,7 @@ def solve(
         solver: name of a solver.
         granularity: what shares one choice, see `AllocateBits`.
         tie_gate_up: gate and up of an expert take the same scheme.
+        budget_per: model for one budget over all blocks, layer for one in each.
 
     Raises:
         BadText: text that is no module.
@@ -164,7 +166,7 @@ def solve(
     """
     _check_goal(r, weight_bits=weight_bits, max_bytes=max_bytes, latency_us=latency_us)
     annotated = parse_ir(module) if isinstance(module, str) else module
-    step = AllocateBits(weight_bits, max_bytes, latency_us, r, solver, granularity, tie_gate_up)
+    step = AllocateBits(weight_bits, max_bytes, latency_us, r, solver, granularity, tie_gate_up, budget_per)
     return step.solve(annotated)
 
 

@@ -34,7 +34,7 @@ def observe(
     facts: Sequence[str] = CHEAP,
     min_tokens: int = 32,
     max_buffer_mb: float | None = None,
-    max_rows: int = 8192,
+    max_rows: int | None = None,
     quantizer: str | Quantizer = "rtn",
     quiet: bool = False,
 ) -> Stats:
@@ -65,7 +65,8 @@ def observe(
         min_tokens: experts with fewer tokens take the `BANK_MEAN` fallback of the statistics.
         max_buffer_mb: bound on the memory of waiting rows, over all blocks, 10^6 bytes; one call may exceed it. None
             takes 512 on a CPU, and a quarter of the free memory of a GPU.
-        max_rows: rows of one expert that are reduced at a time; bounds the memory of a reduction.
+        max_rows: rows of one expert that are reduced at a time; bounds the memory of a reduction. None takes 8192 on a
+            CPU and 32768 on a GPU.
         quantizer: how weights are quantized, a name in `QUANTIZERS` or such a function.
         quiet: no progress bar.
 
@@ -112,7 +113,7 @@ def observe_weights(
     tokens_per_expert: int = 64,
     seed: int = 0,
     facts: Sequence[str] = CHEAP,
-    max_rows: int = 8192,
+    max_rows: int | None = None,
     quantizer: str | Quantizer = "rtn",
     quiet: bool = False,
 ) -> Stats:

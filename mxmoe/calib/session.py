@@ -20,6 +20,7 @@ from mxmoe.quant import Quantizer, find_quantizer
 
 CPU_BUFFER_MB = 512.0
 GPU_BUFFER_SHARE = 0.25
+CPU_ROWS, GPU_ROWS = 8192, 32768
 
 
 class Session:
@@ -30,7 +31,7 @@ class Session:
         lifted: LiftedLike,
         schemes: Sequence[Scheme | str],
         max_buffer_mb: float | None,
-        max_rows: int,
+        max_rows: int | None,
         quantizer: str | Quantizer,
         *,
         gradients: bool = False,
@@ -49,9 +50,11 @@ class Session:
         self.schemes = tuple(dict.fromkeys(Scheme.parse(str(scheme)) for scheme in schemes))
         if not self.schemes:
             raise BadOption(name="observe", option="schemes=()", reason="there must be at least one scheme")
-        self.bound = _default_bound(device_of(lifted.root)) if max_buffer_mb is None else max_buffer_mb * 1e6
+        device = device_of(lifted.root)
+        self.bound = _default_bound(device) if max_buffer_mb is None else max_buffer_mb * 1e6
+        rows = (GPU_ROWS if device.type == "cuda" else CPU_ROWS) if max_rows is None else int(max_rows)
         found, turned = find_quantizer(quantizer), rotations(lifted.module)
-        self.how = How(lifted.weights, self.schemes, found, int(max_rows), self.bound, turned)
+        self.how = How(lifted.weights, self.schemes, found, rows, self.bound, turned)
         self.buffers = {
             (block.name, name): BankBuffer(block, bank, len(self.schemes))
             for block in lifted.blocks
