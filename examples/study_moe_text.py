@@ -139,16 +139,17 @@ def installed() -> tuple[list[Source], list[tuple[str, str]]]:
     """Return the sources this machine has, and the distributions left out with the licence that they name."""
     sources, left_out = [standard_library()], []
     seen: set[str] = set()
-    for distribution in sorted(distributions(), key=lambda one: (one.metadata.get("Name") or "").lower()):
-        name = (distribution.metadata.get("Name") or "").lower()
+    # a folder that looks like a distribution and holds no metadata has no name
+    named = {id(one): (one, ((one.metadata or {}).get("Name") or "").lower()) for one in distributions()}
+    for distribution, name in sorted(named.values(), key=lambda pair: pair[1]):
         if not name or name in seen:
             continue
         seen.add(name)
         licence = licence_of(distribution)
         if licence is None:
             metadata = distribution.metadata
-            named = metadata.get("License-Expression") or (metadata.get("License") or "unknown")[:60]
-            left_out.append((name, named))
+            spoken = metadata.get("License-Expression") or (metadata.get("License") or "unknown").split("\n")[0]
+            left_out.append((name, spoken[:80]))
             continue
         files = tuple(
             (file.as_posix(), Path(str(distribution.locate_file(file))))

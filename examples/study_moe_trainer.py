@@ -131,7 +131,8 @@ class Trainer:
                     for _ in range(2):
                         loss, balance, _ = run(self.model, self.windows())
                         (loss + self.options.balance * balance).backward()
-                        loss.item()
+                        if not torch.isfinite(loss):
+                            raise RuntimeError(f"the loss is {loss.item()}")
                 except Exception as error:  # whatever a compiler or a kernel raises, the next attempt needs neither
                     print(f"warning: {how}: not here ({type(error).__name__}: {error})"[:600], flush=True)
                     continue
