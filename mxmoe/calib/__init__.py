@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mxmoe.calib.stats import BANK_MEAN, BankStats, Coverage, Norm, Stats
 
 if TYPE_CHECKING:
+    from mxmoe.calib.balanced import Balanced, sample_balanced, select_balanced
     from mxmoe.calib.facts import CHEAP, FACTS, Fact
     from mxmoe.calib.gather import HessianOptions, HessiansByBlock, collect_hessians, rereadable
     from mxmoe.calib.gradients import Loss, next_token_loss
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CHEAP": "mxmoe.calib.facts",
     "FACTS": "mxmoe.calib.facts",
+    "Balanced": "mxmoe.calib.balanced",
     "BankHessians": "mxmoe.calib.hessians",
     "Batch": "mxmoe.calib.inputs",
     "Expert": "mxmoe.calib.reduce",
@@ -45,12 +47,15 @@ _HOME = {
     "observe": "mxmoe.calib.observer",
     "observe_weights": "mxmoe.calib.observer",
     "rereadable": "mxmoe.calib.gather",
+    "sample_balanced": "mxmoe.calib.balanced",
+    "select_balanced": "mxmoe.calib.balanced",
 }
 
 __all__ = [
     "BANK_MEAN",
     "CHEAP",
     "FACTS",
+    "Balanced",
     "BankHessians",
     "BankStats",
     "Batch",
@@ -75,6 +80,8 @@ __all__ = [
     "observe",
     "observe_weights",
     "rereadable",
+    "sample_balanced",
+    "select_balanced",
 ]
 
 

@@ -99,11 +99,9 @@ class BlockCollector:
         return remember
 
     def _recorder(self, name: str, index: int, bank: BankLike) -> Callable[..., None]:
-        read = _READ[bank.kind]
-
         def record(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             if not self.is_probing:
-                self.pending[name].append(Record(index, read(module, bank, args, named)))
+                self.pending[name].append(Record(index, read_call(module, bank, args, named)))
 
         return record
 
@@ -166,6 +164,11 @@ class BlockCollector:
                 rest = [module for module in silent if module not in called]
                 found[name] = probe_assignments(call, called, rows, rest, n_tokens, hidden)
         return found
+
+
+def read_call(module: nn.Module, bank: BankLike, args: tuple[Any, ...], named: dict[str, Any]) -> Routed:
+    """Read the rows, and where they go, off a call of a bank or of an entry of its list."""
+    return _READ[bank.kind](module, bank, args, named)
 
 
 def _each_once(records: Sequence[Record]) -> bool:
