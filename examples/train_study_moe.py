@@ -51,6 +51,8 @@ from mxmoe.evaluate import perplexity
 WRITTEN = ("calibration", "held_out", "out_of_domain")
 RESERVE_SECONDS = 60.0
 """Of --total-minutes, for what comes after training."""
+SPOT_TOKENS = 8192
+"""Held-out tokens from the start that are measured alone: another machine can check its copy in seconds."""
 PACK_BYTES = 15 * 1024 * 1024
 
 
@@ -102,6 +104,8 @@ def measure(trainer: Trainer, parts: dict[str, Part], classes: tuple[tuple[str, 
             "per_byte": math.exp(per_byte),
             "bits_per_byte": per_byte / math.log(2),
         }
+    start = perplexity(model, ids["held_out"][: SPOT_TOKENS + 1], window=window, batch=batch)
+    found["spot"] = {"tokens": start.tokens, "nats_per_token": start.nats_per_token}
     try:
         found["token_classes"] = list(classes[0])
         inside, outside = (

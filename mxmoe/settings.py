@@ -7,6 +7,8 @@ What the environment says, read here and nowhere else.
     MXMOE_DUMP=dir  the whole module before the first pass and after each, as files that `mxmoe opt` reads
 
 Lines go to standard error. Without the variables nothing is observed.
+
+    MXMOE_STUDY_MODEL=dir  what `examples/train_study_moe.py` wrote, for tests that want a trained model
 """
 
 from __future__ import annotations
@@ -39,3 +41,18 @@ def debug_level(environ: Mapping[str, str] = os.environ) -> int:
     if not value.isdecimal():
         raise BadSetting(variable="MXMOE_DEBUG", value=value, reason="it is 0, 1, 2 or 3")
     return int(value)
+
+
+def study_model(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """
+    Find the folder that `MXMOE_STUDY_MODEL` names; None when it is not set.
+
+    Raises:
+        BadSetting: the folder holds no training.json.
+    """
+    value = environ.get("MXMOE_STUDY_MODEL", "").strip()
+    if not value:
+        return None
+    if not (Path(value) / "training.json").is_file():
+        raise BadSetting(variable="MXMOE_STUDY_MODEL", value=value, reason="there is no training.json in that folder")
+    return Path(value)

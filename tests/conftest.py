@@ -48,3 +48,14 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     """The golden text of this test, in tests/golden/<test file>/<test name>.txt."""
     path = GOLDEN / request.path.stem / f"{request.node.name}.txt"
     return Golden(path, request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(scope="session")
+def study_model() -> Path:
+    """The folder of the trained study model; the test is skipped where MXMOE_STUDY_MODEL names none."""
+    from mxmoe.settings import study_model
+
+    folder = study_model()
+    if folder is None:
+        pytest.skip("set MXMOE_STUDY_MODEL to what examples/train_study_moe.py --small wrote")
+    return folder

@@ -8,7 +8,7 @@ import pytest
 
 from mxmoe.errors import BadSetting
 from mxmoe.passes import Dump, Log, LogTables, PrintAfterAll
-from mxmoe.settings import debug_level, observers
+from mxmoe.settings import debug_level, observers, study_model
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,12 @@ def test_every_call_makes_new_observers() -> None:
 def test_what_is_no_number_is_refused(value: str) -> None:
     with pytest.raises(BadSetting, match=f"MXMOE_DEBUG='{value}': it is 0, 1, 2 or 3"):
         debug_level({"MXMOE_DEBUG": value})
+
+
+def test_the_study_model_is_a_folder_with_a_record(tmp_path: Path) -> None:
+    assert study_model({}) is None
+    assert study_model({"MXMOE_STUDY_MODEL": " "}) is None
+    with pytest.raises(BadSetting, match=r"there is no training\.json"):
+        study_model({"MXMOE_STUDY_MODEL": str(tmp_path)})
+    (tmp_path / "training.json").write_text("{}")
+    assert study_model({"MXMOE_STUDY_MODEL": str(tmp_path)}) == tmp_path
