@@ -24,7 +24,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,18 @@ ALIGNMENT = 16
 """Bytes that addresses are multiples of, and that integers so marked are: what wide loads and copies need."""
 
 
+Kind = str | tuple[str, ...]
+"""Type of an argument, or of the parts of a tuple."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One kernel with everything that its machine code depends on."""
 
     kernel: Any
     """A function decorated with `triton.jit` or `gluon.jit`."""
-    signature: Mapping[str, str]
-    """Argument, in order -> its type: `*bf16`, `*i8`, `*fp8e4nv`, `i32`, `fp32`, or `constexpr`."""
+    signature: Mapping[str, Kind]
+    """Argument, in order -> its type: `*bf16`, `*i8`, `*fp8e4nv`, `i32`, `fp32`, a tuple of these, or `constexpr`."""
     constexprs: Mapping[str, Any]
     """Value of every argument of type `constexpr`."""
     arch: int
@@ -58,9 +62,11 @@ class Request:
     num_warps: int = 4
     num_stages: int = 3
     divisible: Collection[str] | None = None
-    """Arguments that are multiples of 16; None means every pointer and nothing else."""
+    """Arguments that are multiples of 16; None means every pointer, those in tuples too, and nothing else."""
     code_path: int | None = None
     """Compute capability whose instructions are chosen; None means that of `arch`."""
+    registers: int | None = None
+    """Most registers of a thread; None leaves it to the compiler."""
 
     @property
     def name(self) -> str:
@@ -93,7 +99,7 @@ class Binary:
 
 def compile_ahead(
     kernel: Any,  # noqa: ANN401  # triton.jit returns a JITFunction, or an InterpretedFunction where it interprets
-    signature: Mapping[str, str],
+    signature: Mapping[str, Kind],
     constexprs: Mapping[str, Any],
     *,
     arch: int,
@@ -139,13 +145,11 @@ def code_path_option(code_path: int | None) -> dict[str, str]:
 
 
 def _compile(request: Request) -> Binary:
-    divisible = request.divisible
-    if divisible is None:
-        divisible = {name for name, kind in request.signature.items() if kind.startswith("*")}
-    places = [(index,) for index, name in enumerate(request.signature) if name in divisible]
-    attributes = {place: [["tt.divisibility", ALIGNMENT]] for place in places}
+    attributes = {place: [["tt.divisibility", ALIGNMENT]] for place in _aligned(request)}
     source = GluonASTSource if request.kernel.is_gluon() else ASTSource
     options = {"num_warps": request.num_warps, "num_stages": request.num_stages, **code_path_option(request.code_path)}
+    if request.registers is not None:
+        options["maxnreg"] = request.registers
     try:
         made = source(request.kernel, dict(request.signature), dict(request.constexprs), attributes)
         built = triton.compile(made, target=GPUTarget("cuda", request.arch, 32), options=options)
@@ -153,6 +157,15 @@ def _compile(request: Request) -> Binary:
         raise AheadFailed(kernel=request.name, arch=request.arch, reason=_innermost(error)) from error
     meta, asm = built.metadata, built.asm
     return Binary(meta.name, request.arch, meta.num_warps, meta.shared, asm["cubin"], asm["ptx"])
+
+
+def _aligned(request: Request) -> Iterator[tuple[int, ...]]:
+    """Places of what is a multiple of 16: of arguments, and of parts of tuples."""
+    for index, (name, kind) in enumerate(request.signature.items()):
+        parts = [((index,), kind)] if isinstance(kind, str) else [((index, at), part) for at, part in enumerate(kind)]
+        for place, part in parts:
+            if part.startswith("*") if request.divisible is None else name in request.divisible:
+                yield place
 
 
 def _innermost(error: BaseException) -> BaseException:

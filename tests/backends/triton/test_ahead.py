@@ -190,3 +190,18 @@ def test_occupancy(arch: int, registers: int, shared: int, warps: int, programs:
 def test_limits_agree_with_the_device_rows() -> None:
     for row in DEVICES.values():
         assert LIMITS[row.compute_capability].shared_kb == row.smem_kb_per_sm
+
+
+@triton.jit
+def add_parts(xs: tl.tensor, y: tl.tensor, N: tl.constexpr) -> None:
+    at = tl.arange(0, N)
+    tl.store(y + at, tl.load(xs[0] + at) + tl.load(xs[1] + at).to(tl.float32))
+
+
+def test_tuples_of_pointers_are_aligned_alike() -> None:
+    request = Request(
+        add_parts, {"xs": ("*fp32", "*i8"), "y": "*fp32", "N": "constexpr"}, {"N": 512}, 89, 4, registers=32
+    )
+    facts = compile_all([request])[0].facts()
+    assert facts.count("LDG.E.128") == 1
+    assert facts.registers <= 32
