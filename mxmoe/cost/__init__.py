@@ -12,23 +12,33 @@ from mxmoe.cost.predict import (
     predict_launch,
 )
 from mxmoe.cost.roofline import Roofline
-from mxmoe.cost.schedule import Schedule, longest_first
+from mxmoe.cost.schedule import Schedule, fixed_stride, in_order, longest_first, start_times
+from mxmoe.cost.simulate import LaunchClass, LaunchPlan, TileList, lay_tiles, plan_launch, simulate_launch
 
 __all__ = [
     "COST_MODELS",
     "CostModel",
     "Gemm",
+    "LaunchClass",
+    "LaunchPlan",
     "Measured",
     "Profile",
     "Roofline",
     "Schedule",
+    "TileList",
     "best_tile",
     "block_launches",
     "cost_model",
     "expected_rows",
+    "fixed_stride",
     "fuse_gate_up",
+    "in_order",
+    "lay_tiles",
     "linear_cost_us",
     "longest_first",
+    "plan_launch",
     "predict_block_us",
     "predict_launch",
+    "simulate_launch",
+    "start_times",
 ]
