@@ -45,3 +45,27 @@ class NotTraceable(MxmoeError):
     """A module that cannot be run without data of the caller's."""
 
     message = "{cls} takes more than token ids, so it cannot be traced without data: pass inputs=<as for mxmoe.observe>"
+
+
+class NoResidualStream(MxmoeError):
+    """A module without the parts between which a residual stream runs."""
+
+    message = (
+        "{cls} has no {missing} as causal language models of transformers have it; rotate_model takes whole models"
+        " whose layers hold input_layernorm, self_attn, post_attention_layernorm and mlp"
+    )
+
+
+class UnknownPart(MxmoeError):
+    """A parameter of which a rotation does not know whether it reads the residual stream."""
+
+    message = "{cls} cannot be rotated: what {name} {shape} does to the residual stream is not known"
+
+
+class RotationChanges(MxmoeError):
+    """A residual stream that something reads which was not found."""
+
+    message = (
+        "{cls} cannot be rotated: turning its residual stream changes its output by {change:.1%}, so something else"
+        " reads or writes it; the model is as it was"
+    )

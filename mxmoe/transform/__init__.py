@@ -8,6 +8,7 @@ from mxmoe.transform.awq import awq
 from mxmoe.transform.outliers import Planted, plant_outliers
 from mxmoe.transform.profile import ActivationProfile, RoleProfile, activation_profile
 from mxmoe.transform.report import Folded, TransformReport, Unfolded
+from mxmoe.transform.rotate import RotationReport, rotate_model
 from mxmoe.transform.smooth import smooth
 
 __all__ = [
@@ -15,10 +16,12 @@ __all__ = [
     "Folded",
     "Planted",
     "RoleProfile",
+    "RotationReport",
     "TransformReport",
     "Unfolded",
     "activation_profile",
     "awq",
     "plant_outliers",
+    "rotate_model",
     "smooth",
 ]
