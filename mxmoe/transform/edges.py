@@ -56,6 +56,13 @@ class Edge:
     problem: str = ""
     """Why there is no gain."""
 
+    @property
+    def router(self) -> Tensor | None:
+        """The reader that scores experts: one row for each routed one; None where there is none, or several."""
+        rows = self.block.banks["routed"].shape.experts if "routed" in self.block.banks else 0
+        fitting = [weight for weight in (self.readers or {}).values() if len(weight) == rows]
+        return fitting[0] if len(fitting) == 1 else None
+
 
 def find_edges(lifted: Lifted, inputs: Inputs | None = None) -> tuple[Edge, ...]:
     """

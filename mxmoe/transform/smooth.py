@@ -156,14 +156,16 @@ class _Largest:
             into[bank, expert] = most if held is None else torch.maximum(held, most)
 
     def input_scale(self, alpha: float) -> Tensor:
-        """The largest scale over all experts that were reached, and the other readers."""
+        """The largest scale over all experts that were reached, and the router."""
         pairs: list[tuple[Tensor, Tensor]] = []
         for (bank, expert), most in self.inputs.items():
             views = self.edge.experts[bank][expert]
             columns = [views.weights[role].abs().amax(0).float() for role in ("gate", "up") if role in views.weights]
             pairs.append((most, torch.stack(columns).amax(0)))
-        everything = torch.stack([most for most, _ in pairs]).amax(0)
-        pairs += [(everything, weight.abs().amax(0).float()) for weight in (self.edge.readers or {}).values()]
+        # not the other readers: a gate of one row has channels near zero, whose scales would rule all others
+        if self.edge.router is not None:
+            everything = torch.stack([most for most, _ in pairs]).amax(0)
+            pairs.append((everything, self.edge.router.abs().amax(0).float()))
         scales = [_smoothing(most, weight.to(most.device), alpha) for most, weight in pairs]
         # a channel that no expert sees keeps its size
         largest = torch.stack([torch.where(s > 0, s, 0) for s in scales]).amax(0)

@@ -65,10 +65,13 @@ def test_the_shared_scale_is_the_largest_over_experts_and_router() -> None:
     x = torch.stack(list(largest.inputs.values()))
     own = {key: edge.experts[key[0]][key[1]].weights for key in largest.inputs}
     pairs = [(seen, torch.cat((own[key]["gate"], own[key]["up"]))) for key, seen in largest.inputs.items()]
-    pairs += [(x.amax(0), weight) for weight in (edge.readers or {}).values()]
+    pairs.append((x.amax(0), model.layers[0].mlp.gate.weight.detach()))
     wanted = [(seen.double() / weight.abs().amax(0).double()).sqrt() for seen, weight in pairs]
-    assert len(wanted) == 4 + 1 + 2
+    assert len(wanted) == 4 + 1 + 1
     torch.testing.assert_close(found, torch.stack(wanted).amax(0), rtol=1e-5, atol=0)
+    with torch.no_grad():
+        model.layers[0].mlp.shared_expert_gate.weight[:, 3] = 1e-9
+    assert torch.equal(largest.input_scale(0.5), found)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
