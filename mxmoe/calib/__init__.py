@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from mxmoe.calib.inputs import Batch, Feed, Inputs
     from mxmoe.calib.observer import observe, observe_weights
     from mxmoe.calib.reduce import Expert, ExpertError, Reduction
+    from mxmoe.calib.repair import Agreement, RouterRepair, repair_routers
     from mxmoe.calib.router import Router, find_router
     from mxmoe.calib.sources import byte_windows
 
 _HOME = {
+    "Agreement": "mxmoe.calib.repair",
     "CHEAP": "mxmoe.calib.facts",
     "FACTS": "mxmoe.calib.facts",
     "Balanced": "mxmoe.calib.balanced",
@@ -40,12 +42,14 @@ _HOME = {
     "Loss": "mxmoe.calib.gradients",
     "Reduction": "mxmoe.calib.reduce",
     "Router": "mxmoe.calib.router",
+    "RouterRepair": "mxmoe.calib.repair",
     "byte_windows": "mxmoe.calib.sources",
     "collect_hessians": "mxmoe.calib.gather",
     "find_router": "mxmoe.calib.router",
     "next_token_loss": "mxmoe.calib.gradients",
     "observe": "mxmoe.calib.observer",
     "observe_weights": "mxmoe.calib.observer",
+    "repair_routers": "mxmoe.calib.repair",
     "rereadable": "mxmoe.calib.gather",
     "sample_balanced": "mxmoe.calib.balanced",
     "select_balanced": "mxmoe.calib.balanced",
@@ -55,6 +59,7 @@ __all__ = [
     "BANK_MEAN",
     "CHEAP",
     "FACTS",
+    "Agreement",
     "Balanced",
     "BankHessians",
     "BankStats",
@@ -72,6 +77,7 @@ __all__ = [
     "Norm",
     "Reduction",
     "Router",
+    "RouterRepair",
     "Stats",
     "byte_windows",
     "collect_hessians",
@@ -79,6 +85,7 @@ __all__ = [
     "next_token_loss",
     "observe",
     "observe_weights",
+    "repair_routers",
     "rereadable",
     "sample_balanced",
     "select_balanced",

@@ -135,3 +135,12 @@ class PackedAs(MxmoeError):
     """A packed weight asked for in another scheme than the one it was packed in."""
 
     message = "expert {expert} of {name} is packed as {packed}, not as {asked}; compile the original model for {asked}"
+
+
+class NoRouter(MxmoeError):
+    """A block whose router is to be repaired and cannot be told from the rest, or is the reference's own."""
+
+    message = (
+        "no router of {block!r} to repair: it must be the only weight [experts, hidden] outside the experts, and the"
+        " quantized model must be another object than the reference; copy a model before you compile it"
+    )
