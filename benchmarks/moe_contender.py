@@ -62,7 +62,8 @@ class Unsupported(Exception):
 SAMPLE_ROWS, SAMPLE_TOKENS = 32, 6
 
 
-def _sample(count: int, most: int) -> np.ndarray:
+def sample(count: int, most: int) -> np.ndarray:
+    """Seeded numbers below `count`, in order."""
     # the ends are always there: first and last tiles are the ones that go wrong
     inner = np.random.default_rng(0).choice(count, size=min(count, most), replace=False)
     return np.unique(np.concatenate([[0, count - 1], inner]))
@@ -79,7 +80,7 @@ def check_rows(found: Tensor, turn: Rotation, inputs: Tensor, weight: Callable[[
         weight: expert -> its weight [n, k], dequantized, in float32.
     """
     experts = turn.ids.flatten()[turn.order].cpu().numpy()
-    picked = _sample(len(experts), SAMPLE_ROWS)
+    picked = sample(len(experts), SAMPLE_ROWS)
     exact = torch.empty((len(picked), found.shape[1]), dtype=torch.float32, device=found.device)
     for expert in np.unique(experts[picked]).tolist():
         mine = np.flatnonzero(experts[picked] == expert)
@@ -89,7 +90,8 @@ def check_rows(found: Tensor, turn: Rotation, inputs: Tensor, weight: Callable[[
 
 def check_block(
     found: Tensor,
-    turn: Rotation,
+    ids: Tensor,
+    weights: Tensor,
     hidden: Tensor,
     gate_up: Callable[[int], Tensor],
     down: Callable[[int], Tensor],
@@ -100,19 +102,20 @@ def check_block(
 
     Args:
         found: [tokens, hidden].
-        turn: the rotation that was run.
+        ids: [tokens, top_k].
+        weights: [tokens, top_k].
         hidden: [tokens, hidden].
         gate_up: expert -> [2 x intermediate, hidden], float32.
         down: expert -> [hidden, intermediate], float32.
         activate: [rows, 2 x intermediate] -> [rows, intermediate].
     """
-    picked = _sample(hidden.shape[0], SAMPLE_TOKENS)
-    ids, weights = turn.ids.cpu().numpy()[picked], turn.weights[picked]
+    picked = sample(hidden.shape[0], SAMPLE_TOKENS)
+    chosen, shares = ids.cpu().numpy()[picked], weights[picked]
     exact = torch.zeros((len(picked), hidden.shape[1]), dtype=torch.float32, device=hidden.device)
-    for expert in np.unique(ids).tolist():
-        token, slot = (torch.from_numpy(axis).to(hidden.device) for axis in np.nonzero(ids == expert))
+    for expert in np.unique(chosen).tolist():
+        token, slot = (torch.from_numpy(axis).to(hidden.device) for axis in np.nonzero(chosen == expert))
         inner = activate(hidden[picked][token].float() @ gate_up(expert).T)
-        exact.index_add_(0, token, (inner @ down(expert).T) * weights[token, slot, None])
+        exact.index_add_(0, token, (inner @ down(expert).T) * shares[token, slot, None])
     return relative_error(found[picked], exact)
 
 

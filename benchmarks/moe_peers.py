@@ -52,10 +52,12 @@ def torch_bf16(cell: Cell, device: str) -> Prepared:
 
     if cell.part == "block":
         launches = [functools.partial(block, turn) for turn in turns]
-        parts = [widened(own[turns[0].copy]) for own in sets]
-        return Prepared(
-            launches, lambda: check_block(block(turns[0]), turns[0], x, parts[0], parts[1], silu_mul), turns[0].counts
-        )
+        first, parts = turns[0], [widened(own[turns[0].copy]) for own in sets]
+
+        def check() -> float:
+            return check_block(block(first), first.ids, first.weights, x, parts[0], parts[1], silu_mul)
+
+        return Prepared(launches, check, first.counts)
     rows = [sorted_rows(cell, x, turn) for turn in turns]
     launches = [functools.partial(product, own, 0, turn, turn.ends) for own, turn in zip(rows, turns, strict=True)]
     weight = widened(sets[0][turns[0].copy])

@@ -1,9 +1,9 @@
 """
-Our kernels as contenders: one file that knows how `mxmoe.backends.triton.bench` is called, and nothing else does.
+Our kernels as contenders.
 
 `ours_<scheme>` runs all experts in one scheme, `ours_<plan>` runs a plan of `moe_plans.py` in one launch per product.
 For comparison, `..._split` runs the same plan with one launch per scheme, one after the other, and `..._streams` runs
-those launches side by side on streams of their own.
+those launches side by side on streams of their own. `random_bank.py` makes weights and launches.
 """
 
 from __future__ import annotations
@@ -17,126 +17,75 @@ import torch
 from moe_contender import Contender, Prepared, Unsupported
 from moe_operands import tokens_of
 from moe_plans import SCHEMES, Plan, mean_bits, plan_bytes, plan_of, plan_roofline_us
-from moe_workloads import (
-    PARTS,
-    Cell,
-    Rotation,
-    copies_needed,
-    fixed_rotations,
-    plan_copies,
-    relative_error,
-    rotations,
-)
+from moe_workloads import PARTS, Cell, Rotation, copies_needed, fixed_rotations, plan_copies, rotations
 from torch import Tensor
 
 UNIFORM = ("bf16", "w8a8_sym", "w8a8_e4m3", "w4a16_g128_asym", "w4a16_sym", "w4a8_g128_sym")
 MIXES = ("hot:0.25", "bits:5")
-SAMPLE = 48
 
 
-# --- the calls that depend on the backend ----------------------------------------------------------------------------
-
-
-def _bench() -> Any:  # noqa: ANN401  # a module that may not be there
+def prepare(cell: Cell, plan: Plan, device: str, seed: int) -> Any:  # noqa: ANN401  # Triton may not be there
+    """Packed random weights: an object whose `bind(x, ids, weights)` gives `launch`, `check` and `config`."""
     try:
-        return importlib.import_module("mxmoe.backends.triton.bench")
+        if device == "cpu":  # kernels are interpreted, which must be known before they are imported
+            importlib.import_module("mxmoe.backends.triton.mode").choose_mode()
+        bank = importlib.import_module("random_bank")
     except ImportError as error:
-        raise Unsupported(f"no mxmoe.backends.triton.bench: {error}") from error
-
-
-def prepare(cell: Cell, plan: Plan, seed: int) -> Any:  # noqa: ANN401  # as above
-    """
-    Make packed random weights for the cell on the GPU.
-
-    What comes back has `run(hidden, top_k_index, top_k_weights)`, which may be captured in a CUDA graph, and
-    `reference(rows)`, those rows of the last run's output in float32 from dequantized weights.
-    """
-    bench, model = _bench(), cell.model
-    shapes = [
-        bench.GemmShape(experts=model.experts, k=k, n=n, top_k=model.top_k, fused_gate_up=part == "gate_up")
-        for part, (n, k) in zip(PARTS if cell.part == "block" else (cell.part,), cell.gemms, strict=False)
-    ]
-    if cell.part == "block":
-        return bench.prepare_block(shapes[0], shapes[1], list(plan[0]), list(plan[1]), tokens=cell.tokens, seed=seed)
-    return bench.prepare(shapes[0], list(plan[0]), tokens=cell.tokens, seed=seed)
-
-
-def launch(ready: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:  # noqa: ANN401  # as above
-    """One run; ids are int64, an id equal to the number of experts is padding."""
-    return ready.run(x, ids, weights)
-
-
-def error_of(ready: Any, out: Tensor) -> float:  # noqa: ANN401  # as above
-    """Relative error of a sample of rows against float32."""
-    count = out.shape[0]
-    rows = torch.linspace(0, count - 1, min(count, SAMPLE), device=out.device).round().long().unique()
-    return relative_error(out[rows], ready.reference(rows))
-
-
-# --- contenders ------------------------------------------------------------------------------------------------------
+        raise Unsupported(f"no kernels: {error}") from error
+    return bank.prepare(cell, plan, device, seed)
 
 
 def _index(turn: Rotation) -> Tensor:
     return turn.ids.to(torch.int64)
 
 
+def _prepared(bound: Sequence[Any], turns: Sequence[Rotation], note: str = "") -> Prepared:
+    first = bound[0]
+    return Prepared([one.launch for one in bound], first.check, turns[0].counts, f"{note} {first.config}".strip())
+
+
 def uniform(scheme: str, cell: Cell, device: str) -> Prepared:
     """All experts in one scheme, over rotations of the routing."""
     bits, plan = SCHEMES[scheme][0], plan_of(f"all:{scheme}", cell)
-    copies = copies_needed(cell, bits)
-    turns = rotations(cell, bits, copies=copies, device=device)
-    sets = [prepare(cell, plan, seed) for seed in range(copies)]
+    turns = rotations(cell, bits, copies=copies_needed(cell, bits), device=device)
+    sets = [prepare(cell, plan, device, seed) for seed in range(1 + max(turn.copy for turn in turns))]
     x = tokens_of(cell, device)
-    launches = [functools.partial(launch, sets[turn.copy], x, _index(turn), turn.weights) for turn in turns]
-    return Prepared(launches, lambda: error_of(sets[turns[0].copy], launches[0]()), turns[0].counts)
+    return _prepared([sets[turn.copy].bind(x, _index(turn), turn.weights) for turn in turns], turns)
 
 
 def mixed(name: str, cell: Cell, device: str) -> Prepared:
     """A plan in one launch per product; as many copies of all weights as keep the active ones out of the cache."""
     plan = plan_of(name, cell)
-    copies = plan_copies(cell, mean_bits(plan))
-    turns = fixed_rotations(cell, copies, device=device)
-    sets = [prepare(cell, plan, seed) for seed in range(copies)]
+    turns = fixed_rotations(cell, plan_copies(cell, mean_bits(plan)), device=device)
     x = tokens_of(cell, device)
-    launches = [
-        functools.partial(launch, own, x, _index(turn), turn.weights) for own, turn in zip(sets, turns, strict=True)
-    ]
-    counts = turns[0].counts
-    return Prepared(
-        launches,
-        lambda: error_of(sets[0], launches[0]()),
-        counts,
-        f"{name} {mean_bits(plan):.3f} bits",
-        plan_roofline_us(cell, counts, plan),
-        plan_bytes(cell, counts, plan),
-    )
+    bound = [prepare(cell, plan, device, turn.copy).bind(x, _index(turn), turn.weights) for turn in turns]
+    ready = _prepared(bound, turns, f"{name} {mean_bits(plan):.3f} bits")
+    ready.roof_us = plan_roofline_us(cell, ready.counts, plan)
+    ready.weight_bytes = plan_bytes(cell, ready.counts, plan)
+    return ready
 
 
 def split(name: str, beside: bool, cell: Cell, device: str) -> Prepared:
     """The same plan with one launch per scheme: experts of other schemes are padding to it."""
     plan = plan_of(name, cell)
     schemes = sorted(set(plan[0]))
-    copies = plan_copies(cell, mean_bits(plan))
-    turns = fixed_rotations(cell, copies, device=device)
+    turns = fixed_rotations(cell, plan_copies(cell, mean_bits(plan)), device=device)
     x = tokens_of(cell, device)
-    parts: list[list[Callable[[], Tensor]]] = []
-    readies: list[list[Any]] = []
-    for seed, turn in enumerate(turns):
-        readies.append([prepare(cell, plan_of(f"all:{scheme}", cell), seed) for scheme in schemes])
-        ids = [_masked(_index(turn), plan[0], scheme) for scheme in schemes]
-        parts.append(
-            [functools.partial(launch, r, x, own, turn.weights) for r, own in zip(readies[-1], ids, strict=True)]
-        )
+    parts = [
+        [
+            prepare(cell, plan_of(f"all:{scheme}", cell), device, turn.copy).bind(
+                x, _masked(_index(turn), plan[0], scheme), turn.weights
+            )
+            for scheme in schemes
+        ]
+        for turn in turns
+    ]
     streams = [torch.cuda.Stream() for _ in schemes[1:]] if beside and device == "cuda" else []
-    launches = [functools.partial(_all, own, streams) for own in parts]
-
-    def check() -> float:
-        errors = [error_of(ready, call()) for ready, call in zip(readies[0], parts[0], strict=True)]
-        return max(errors)
-
+    launches = [functools.partial(_all, [one.launch for one in own], streams) for own in parts]
     counts = turns[0].counts
     roof, moved = plan_roofline_us(cell, counts, plan), plan_bytes(cell, counts, plan)
-    return Prepared(launches, check, counts, f"{name} {len(schemes)} launches", roof, moved)
+    note = f"{name} {len(schemes)} launches"
+    return Prepared(launches, lambda: max(one.check() for one in parts[0]), counts, note, roof, moved)
 
 
 def _masked(ids: Tensor, schemes: Sequence[str], scheme: str) -> Tensor:

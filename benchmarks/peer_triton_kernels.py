@@ -156,7 +156,9 @@ def triton_kernels(kind: str, cell: Cell, device: str) -> Prepared:
     if cell.part == "block":
         launches = [functools.partial(block, turn) for turn in turns]
         return Prepared(
-            launches, lambda: check_block(block(first), first, x, exact[0], exact[1], _swiglu_pairs), first.counts
+            launches,
+            lambda: check_block(block(first), first.ids, first.weights, x, exact[0], exact[1], _swiglu_pairs),
+            first.counts,
         )
     ready = [_routing(turn, cell, turn.order, turn.ends) for turn in turns]
     down = cell.part == "down"

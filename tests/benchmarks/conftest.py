@@ -4,86 +4,81 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from moe_workloads import Cell
+
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 
 
 @dataclass(frozen=True)
-class GemmShape:
-    """As the benchmarks give it to the backend."""
+class FakeBound:
+    """A launch over fixed inputs, as `random_bank.Bound`."""
 
-    experts: int
-    k: int
-    n: int
-    top_k: int
-    fused_gate_up: bool
+    launch: Callable[[], Tensor]
+    check: Callable[[], float]
+    config: str = "fake"
 
 
-class FakeProduct:
-    """Dense weights, an expert at a time; rows by token and slot, zero for padding."""
+class FakeWeights:
+    """Dense weights of both products; an expert at a time; rows by token and slot, zero for padding."""
 
-    def __init__(self, shape: GemmShape, seed: int) -> None:
+    def __init__(self, cell: Cell, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.weight = torch.randn((shape.experts, shape.n, shape.k), generator=generator) / shape.k**0.5
-        self.shape, self.last = shape, torch.zeros(0)
+        self.cell, model = cell, cell.model
+        self.weights = [torch.randn((model.experts, n, k), generator=generator) / k**0.5 for n, k in cell.gemms]
 
-    def run(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        del top_k_weights
-        ids = top_k_index.flatten()
-        rows = hidden if hidden.shape[0] == ids.numel() else hidden.repeat_interleave(top_k_index.shape[1], 0)
-        self.last = torch.zeros((ids.numel(), self.shape.n))
-        for expert in range(self.shape.experts):
-            self.last[ids == expert] = rows[ids == expert].float() @ self.weight[expert].T
-        return self.last.bfloat16()
+    def product(self, which: int, rows: Tensor, ids: Tensor) -> Tensor:
+        weight = self.weights[which]
+        out = torch.zeros((ids.numel(), weight.shape[1]))
+        for expert in range(len(weight)):
+            mine = ids.flatten() == expert
+            out[mine] = rows[mine].float() @ weight[expert].T
+        return out
 
-    def reference(self, rows: Tensor) -> Tensor:
-        return self.last[rows]
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        rows = x if self.cell.part == "down" else x.repeat_interleave(ids.shape[1], 0)
+        first = self.product(0, rows, ids)
+        if self.cell.part != "block":
+            return first
+        gate, up = first.chunk(2, -1)
+        second = self.product(1, torch.nn.functional.silu(gate) * up, ids)
+        return (second.view(*ids.shape, -1) * weights[..., None]).sum(1)
 
-
-class FakeBlock:
-    """Two products and what stands between and behind them."""
-
-    def __init__(self, gate_up: GemmShape, down: GemmShape, seed: int) -> None:
-        self.gate_up, self.down, self.last = FakeProduct(gate_up, seed), FakeProduct(down, seed + 1), torch.zeros(0)
-
-    def run(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        gate, up = self.gate_up.run(hidden, top_k_index, top_k_weights).float().chunk(2, -1)
-        rows = self.down.run(torch.nn.functional.silu(gate) * up, top_k_index, top_k_weights).float()
-        self.last = (rows.view(*top_k_index.shape, -1) * top_k_weights[..., None]).sum(1)
-        return self.last.bfloat16()
-
-    def reference(self, rows: Tensor) -> Tensor:
-        return self.last[rows]
+    def bind(self, x: Tensor, ids: Tensor, weights: Tensor) -> FakeBound:
+        return FakeBound(lambda: self.run(x, ids, weights), lambda: 0.001)
 
 
 @pytest.fixture
 def fake_backend(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """Stands in for the Triton backend; gives the schemes that were asked for, in order."""
+    """Stands in for kernels and packed weights; gives the schemes that were asked for, in order."""
     asked: list[tuple[str, ...]] = []
 
-    def prepare(shape: GemmShape, schemes: list[str], *, tokens: int, seed: int) -> FakeProduct:
-        assert len(schemes) == shape.experts
-        assert tokens > 0
-        asked.append(tuple(schemes))
-        return FakeProduct(shape, seed)
+    def prepare(cell: Cell, plan: Sequence[Sequence[str]], device: str, seed: int) -> FakeWeights:
+        assert device == "cpu"
+        assert [len(product) for product in plan] == [cell.model.experts] * len(cell.gemms)
+        asked.append(tuple(scheme for product in plan for scheme in product))
+        return FakeWeights(cell, seed)
 
-    def prepare_block(
-        gate_up: GemmShape, down: GemmShape, first: list[str], second: list[str], *, tokens: int, seed: int
-    ) -> FakeBlock:
-        assert gate_up.fused_gate_up
-        assert not down.fused_gate_up
-        assert len(first) == len(second) == gate_up.experts
-        assert tokens > 0
-        asked.append((*first, *second))
-        return FakeBlock(gate_up, down, seed)
-
-    module = types.ModuleType("mxmoe.backends.triton.bench")
-    vars(module).update(GemmShape=GemmShape, prepare=prepare, prepare_block=prepare_block)
-    monkeypatch.setitem(sys.modules, "mxmoe.backends.triton.bench", module)
+    module = types.ModuleType("random_bank")
+    vars(module).update(prepare=prepare)
+    mode = types.ModuleType("mxmoe.backends.triton.mode")
+    vars(mode).update(choose_mode=lambda: None)
+    monkeypatch.setitem(sys.modules, "random_bank", module)
+    monkeypatch.setitem(sys.modules, "mxmoe.backends.triton.mode", mode)
     return asked
+
+
+@pytest.fixture
+def no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without the kernels."""
+    monkeypatch.setitem(sys.modules, "mxmoe.backends.triton.mode", None)
+    monkeypatch.setitem(sys.modules, "random_bank", None)
