@@ -39,10 +39,13 @@ shl.b32 u, $2, 1;
 lop3.b32 $1, u, 0x80808080, t, 0xEA;
 }""")
 
-# 0x4300 is 128 in bf16, whose last mantissa bit is 1: a code of up to 7 bits in it is 128 + code, exactly
+# 0x4300 is 128 in bf16, whose last mantissa bit is 1: a code of up to 7 bits in it is 128 + code, exactly; times one
+# minus 128 (0xC300), because bf16 has a subtraction only from sm_90 on
 _BF16_NIBBLES = tl.constexpr("""{
-.reg .b32 t0, t1, u0, u1, m;
+.reg .b32 t0, t1, u0, u1, m, one, less;
 mov.b32 m, 0x43004300;
+mov.b32 one, 0x3F803F80;
+mov.b32 less, 0xC300C300;
 prmt.b32 t0, $4, 0, 0x4140;
 prmt.b32 t1, $4, 0, 0x4342;
 shr.b32 u0, t0, 4;
@@ -51,10 +54,10 @@ lop3.b32 t0, t0, 0x000F000F, m, 0xEA;
 lop3.b32 t1, t1, 0x000F000F, m, 0xEA;
 lop3.b32 u0, u0, 0x000F000F, m, 0xEA;
 lop3.b32 u1, u1, 0x000F000F, m, 0xEA;
-sub.bf16x2 $0, t0, m;
-sub.bf16x2 $1, t1, m;
-sub.bf16x2 $2, u0, m;
-sub.bf16x2 $3, u1, m;
+fma.rn.bf16x2 $0, t0, one, less;
+fma.rn.bf16x2 $1, t1, one, less;
+fma.rn.bf16x2 $2, u0, one, less;
+fma.rn.bf16x2 $3, u1, one, less;
 }""")
 
 
