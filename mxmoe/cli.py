@@ -269,9 +269,15 @@ def _solve(arguments: argparse.Namespace) -> int:
 
 
 def _add_show(commands: _Commands) -> None:
-    parser = commands.add_parser("show", help="say what is in a module or plan, and draw its bits")
-    parser.add_argument("file", metavar="FILE", help="text of a module, or a plan; - is standard input")
+    parser = commands.add_parser("show", help="say what is in a module or plan; draw its bits, or its schedule")
+    parser.add_argument(
+        "file", metavar="FILE", help="text of a module, a plan, or what `save` wrote; - is standard input"
+    )
     parser.add_argument("-o", "--output", metavar="PNG", help="draw block x expert with the bits as colour")
+    parser.add_argument("--schedule", metavar="PNG", help="draw which SM runs which tile, and when, as predicted")
+    parser.add_argument("--tokens", type=int, default=512, metavar="N", help="of a scheduled call (default: 512)")
+    parser.add_argument("--device", default="rtx4090", metavar="NAME", help="to schedule for (default: rtx4090)")
+    parser.add_argument("--block", metavar="NAME", help="to schedule (default: the first)")
     parser.set_defaults(run=_show)
 
 
@@ -280,15 +286,25 @@ def _show(arguments: argparse.Namespace) -> int:
     from mxmoe.report import module_bits, plan_bits, save_figure
     from mxmoe.report.summary import describe_module, describe_plan, draw_bits
 
-    _check_folder(arguments.output, "mxmoe show")
-    text, name = _read(arguments.file), _shown(arguments.file)
+    for picture in (arguments.output, arguments.schedule):
+        _check_folder(picture, "mxmoe show")
+    file = str(Path(arguments.file) / "lowered.mlir") if Path(arguments.file).is_dir() else arguments.file
+    text, name = _read(file), _shown(file)
     if text.lstrip().startswith("{"):
+        if arguments.schedule:
+            raise BadUsage(reason="a plan has no sizes to schedule; give the module", program="mxmoe show")
         plan = _plan(text, name)
         _print(describe_plan(plan))
         bits, unit = plan_bits(plan), "payload bits per weight"
     else:
         module = parse_ir(text, name=name)
         _print(describe_module(module))
+        if arguments.schedule:
+            from mxmoe.report.schedule import draw_schedule
+
+            words = {"device": arguments.device, "tokens": arguments.tokens, "block": arguments.block}
+            save_figure(draw_schedule(module, **words), arguments.schedule)
+            _print(f"schedule drawn to {arguments.schedule}")
         if not arguments.output:
             return 0
         bits, unit = module_bits(module), "effective bits per weight"

@@ -252,6 +252,26 @@ class TestShow:
         assert main(["show", str(tmp_path / "x.mlir"), "-o", str(tmp_path / "x.png")]) == 0
         assert (tmp_path / "x.png").read_bytes().startswith(PNG)
 
+    @pytest.mark.parametrize("device", ["rtx4090", "h200"])
+    def test_a_schedule_of_a_module_and_of_a_folder(self, tmp_path: Path, device: str) -> None:
+        (tmp_path / "lowered.mlir").write_text(print_ir(example("lowered"), elide=None))
+        for at, file in enumerate((tmp_path / "lowered.mlir", tmp_path)):
+            picture = tmp_path / f"{at}.png"
+            assert main(["show", str(file), "--schedule", str(picture), "--device", device, "--tokens", "64"]) == 0
+            assert picture.read_bytes().startswith(PNG)
+        assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+
+    def test_a_schedule_that_cannot_be_drawn(
+        self, capsys: pytest.CaptureFixture[str], plan: Path, annotated: Path
+    ) -> None:
+        words = ["--schedule", str(plan.with_suffix(".png"))]
+        assert "a plan has no sizes" in complaint(capsys, "show", str(plan), *words)
+        assert main(["show", str(annotated), *words]) == 2
+        assert "no scheme is chosen" in capsys.readouterr().err
+        assert main(["show", str(annotated), *words, "--block", "mlq"]) == 2
+        assert "it has mlp" in capsys.readouterr().err
+        assert not plan.with_suffix(".png").exists()
+
     def test_a_plan_and_its_picture(self, capsys: pytest.CaptureFixture[str], plan: Path) -> None:
         capsys.readouterr()
         assert main(["show", str(plan), "-o", str(plan.with_suffix(".png"))]) == 0

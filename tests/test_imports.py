@@ -45,7 +45,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "backends.routing": (),
     **dict.fromkeys(BACKENDS, ("ir", "quant", "target", "backends.routing")),
     "checkpoint": (),
-    "report": ("ir", "passes", "checkpoint"),
+    "report": ("ir", "cost", "passes", "checkpoint"),
     "compiled": ("ir", "quant", "frontend", "target", "checkpoint", "report"),
     "compiler": (
         "ir",
@@ -97,6 +97,7 @@ HEAVY: Mapping[str, tuple[str, ...]] = {
 
 SIDE_DOORS: Mapping[str, str] = {
     "mxmoe.report.compiled": "reads the IR; the door of `report` takes plain values and loads no IR",
+    "mxmoe.report.schedule": "as above",
     "mxmoe.report.summary": "as above",
     "mxmoe.evaluate.demo": "loads the whole compiler; the door of `evaluate` is for those who only measure",
     "mxmoe.evaluate.evaluation": "as above",
