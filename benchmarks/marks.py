@@ -287,6 +287,17 @@ def all_marks(
     return [*classes, *roofline_marks(rows), *mixes, *plan_marks(rows, published), *block_marks(rows, published)]
 
 
+def winners(rows: Sequence[Row]) -> list[str]:
+    """A line for each class: which of our schemes was the fastest in how many cells of products."""
+    lines: list[str] = []
+    for weight_class in ("4bit", "8bit", "bf16"):
+        formats = [row.format for key, row in ours_of(rows, weight_class).items() if key[2] in GEMMS]
+        counts = sorted(((formats.count(one), one) for one in set(formats)), reverse=True)
+        if counts:
+            lines.append(f"Fastest of ours, {weight_class}: {', '.join(f'{name} in {n}' for n, name in counts)} cells.")
+    return lines
+
+
 WORDS = {True: "met", False: "missed", None: "not measured"}
 
 
@@ -309,7 +320,9 @@ def main(argv: Sequence[str]) -> None:
     from mxmoe.files import write_whole
 
     source = Path(argv[0]) if argv else RESULTS / "group_gemm.csv"
-    text = markdown(all_marks(parse(source), parse(RESULTS / "peers_h200.csv")))
+    rows = parse(source)
+    text = markdown(all_marks(rows, parse(RESULTS / "peers_h200.csv")))
+    text = "\n\n".join([text.rstrip(), *winners(rows)]) + "\n"
     write_whole(RESULTS / "marks.md", text.encode())
     sys.stdout.write(text)
 

@@ -20,8 +20,19 @@ from moe_plans import SCHEMES, Plan, mean_bits, plan_bytes, plan_of, plan_roofli
 from moe_workloads import PARTS, Cell, Rotation, copies_needed, fixed_rotations, plan_copies, rotations
 from torch import Tensor
 
-UNIFORM = ("bf16", "w8a8_sym", "w8a8_e4m3", "w4a16_g128_asym", "w4a16_sym", "w4a8_g128_sym")
+UNIFORM = (
+    "bf16",
+    "w8a8_sym",
+    "w8a8_e4m3",
+    "w4a16_g128_asym",
+    "w4a16_sym",
+    "w4a8_g128_sym",
+    "w4a8_sym",
+    "w4a8_g128_sym_e4m3",
+)
 MIXES = ("hot:0.25", "bits:5")
+APART, WAYS = ("hot:0.25",), ("split", "streams")
+"""Plans that are also launched scheme by scheme, and how."""
 
 
 def prepare(cell: Cell, plan: Plan, device: str, seed: int) -> Any:  # noqa: ANN401  # Triton may not be there
@@ -124,17 +135,11 @@ def ours() -> list[Contender]:
                 functools.partial(uniform, scheme), is_peer=False,
             )
         )  # fmt: skip
-    gemms = PARTS[:2]
     for name in MIXES:
-        short = name.replace(":", "").replace(".", "")
-        for suffix, make, parts in (
-            ("", functools.partial(mixed, name), PARTS),
-            ("_split", functools.partial(split, name, False), gemms),
-            ("_streams", functools.partial(split, name, True), gemms),
-        ):
-            found.append(
-                Contender(
-                    f"ours_{short}{suffix}", "mixed", name, _mean(name), 1.0, "int8", make, parts, is_peer=False,
-                )
-            )  # fmt: skip
+        launches = {"": (functools.partial(mixed, name), PARTS)}
+        if name in APART:
+            launches |= {f"_{way}": (functools.partial(split, name, way == "streams"), PARTS[:2]) for way in WAYS}
+        for suffix, (make, parts) in launches.items():
+            title = f"ours_{name.replace(':', '').replace('.', '')}{suffix}"
+            found.append(Contender(title, "mixed", name, _mean(name), 1.0, "int8", make, parts, is_peer=False))
     return found

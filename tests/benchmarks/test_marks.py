@@ -21,6 +21,7 @@ from marks import (
     parse,
     plan_marks,
     roofline_marks,
+    winners,
 )
 from moe_plans import INT8, W4A8, Plan
 from moe_workloads import MODELS, TOKENS, Cell
@@ -150,6 +151,15 @@ def test_blocks_and_what_they_cost_beyond_their_products() -> None:
     fixed = marks["block at 16 tokens, beyond its products"]
     assert fixed.passed == {"": True}
     assert fixed.found[""] == "3 of 3, worst 6.0 us"
+
+
+def test_it_is_said_which_scheme_won() -> None:
+    rows = [
+        Row(CELLS[0], "ours_a", "4bit", 1.0, format="a"), Row(CELLS[0], "ours_b", "4bit", 2.0, format="b"),
+        Row(CELLS[1], "ours_b", "4bit", 1.0, format="b"), Row(CELLS[2], "ours_b", "4bit", 1.0, format="b"),
+        Row(CELLS[2], "peer", "4bit", 0.5, format="c"),
+    ]  # fmt: skip
+    assert winners(rows) == ["Fastest of ours, 4bit: b in 2, a in 1 cells."]
 
 
 def test_an_empty_file_claims_nothing() -> None:
