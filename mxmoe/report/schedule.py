@@ -44,7 +44,8 @@ def _timeline(name: str, model: CostModel, gemms: Sequence[Gemm]) -> Timeline:
     found = in_order(tiles.duration_us, slots)
     slot = np.array(found.assignment, dtype=np.int64)
     labels = [
-        f"{one.scheme} m{one.tile.m}n{one.tile.n}, K {gemms[one.gemm].k}" + (f" in {one.parts}" * (one.parts > 1))
+        f"{one.scheme} m{one.tile.m}n{one.tile.n} of {gemms[one.gemm].n} x {gemms[one.gemm].k}"
+        + (f" in {one.parts} parts" if one.parts > 1 else "")
         for one in plan.classes
     ]
     start = start_times(tiles.duration_us, found.assignment)
