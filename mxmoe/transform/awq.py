@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mxmoe.calib import Inputs
+from mxmoe.calib import Inputs, rereadable
 from mxmoe.errors import BadOption, NotWeightOnly
 from mxmoe.frontend import ExpertViews, LiftedBlock
 from mxmoe.ir import BankShape, Scheme
@@ -73,6 +73,7 @@ def awq(
     if not parsed or rows < 1:
         option = f"rows={rows}" if parsed else "schemes=()"
         raise BadOption(name="awq", option=option, reason="there must be at least one")
+    inputs = rereadable(inputs)  # they are run before and after
     lifted, edges, skipped = prepare("awq", model, inputs, roles)
     seen = {edge.block.name: _Seen(edge, rows) for edge in edges}
 

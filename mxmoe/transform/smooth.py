@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mxmoe.calib import Inputs
+from mxmoe.calib import Inputs, rereadable
 from mxmoe.errors import BadOption, NothingToFold
 from mxmoe.frontend import ExpertViews, Lifted, LiftedBlock, lift
 from mxmoe.ir import BankShape
@@ -62,6 +62,7 @@ def smooth(
     """
     if not 0 <= alpha <= 1:
         raise BadOption(name="smooth", option=f"alpha={alpha}", reason="it is from 0 to 1")
+    inputs = rereadable(inputs)  # they are run before and after
     lifted, edges, skipped = prepare("smooth", model, inputs, roles)
     largest = {edge.block.name: _Largest.of(edge) for edge in edges}
 

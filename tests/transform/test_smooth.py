@@ -149,6 +149,14 @@ def test_experts_alone_take_rows_with_their_routing() -> None:
     assert [one.role for one in report.folded] == ["down"]
 
 
+def test_data_that_can_be_read_once_is_enough() -> None:
+    ids = ids_of(0)
+    one, other = own_model("stack"), own_model("stack")
+    report = smooth(one, (row[None] for row in ids), quiet=True)
+    assert report == smooth(other, ids, quiet=True)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
 def test_mistakes_are_named() -> None:
     model = Model([Layer(Block("ungated"), norm=nn.Identity())])
     model.layers[0].mlp.shared_expert = nn.Identity()
