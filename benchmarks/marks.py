@@ -294,7 +294,8 @@ def winners(rows: Sequence[Row]) -> list[str]:
         formats = [row.format for key, row in ours_of(rows, weight_class).items() if key[2] in GEMMS]
         counts = sorted(((formats.count(one), one) for one in set(formats)), reverse=True)
         if counts:
-            lines.append(f"Fastest of ours, {weight_class}: {', '.join(f'{name} in {n}' for n, name in counts)} cells.")
+            each = ", ".join(f"{name} in {n}" for n, name in counts)
+            lines.append(f"Fastest of ours, {weight_class}: {each} of {len(formats)} cells.")
     return lines
 
 

@@ -159,7 +159,7 @@ def test_it_is_said_which_scheme_won() -> None:
         Row(CELLS[1], "ours_b", "4bit", 1.0, format="b"), Row(CELLS[2], "ours_b", "4bit", 1.0, format="b"),
         Row(CELLS[2], "peer", "4bit", 0.5, format="c"),
     ]  # fmt: skip
-    assert winners(rows) == ["Fastest of ours, 4bit: b in 2, a in 1 cells."]
+    assert winners(rows) == ["Fastest of ours, 4bit: b in 2, a in 1 of 3 cells."]
 
 
 def test_an_empty_file_claims_nothing() -> None:
