@@ -119,10 +119,10 @@ def made_up_losses(model: Model, seed: int = 0) -> dict[str, NDArray[np.float64]
     """Part -> [experts, 2] losses of w4a8, w8a8: most within a factor of four, one in fifty up to a hundred times."""
     rng = np.random.default_rng(seed)
     found: dict[str, NDArray[np.float64]] = {}
-    for part in ("gate_up", "down"):
-        level = rng.lognormal(0, 0.5, model.experts)
-        level *= np.where(rng.random(model.experts) < 0.02, rng.pareto(1.2, model.experts) * 3 + 1, 1.0)
-        found[part] = level[:, None] * np.array([11.0, 1.0]) * rng.lognormal(0, 0.3, (model.experts, 2))
+    for part, matrices in (("gate_up", 2), ("down", 1)):
+        level = rng.lognormal(0, 0.5, (matrices, model.experts))
+        level *= np.where(rng.random(level.shape) < 0.02, rng.pareto(1.2, level.shape) * 3 + 1, 1.0)
+        found[part] = level.sum(0)[:, None] * np.array([11.0, 1.0]) * rng.lognormal(0, 0.3, (model.experts, 2))
     return found
 
 
