@@ -22,6 +22,12 @@ def blocks_of(text: str) -> list[int]:
     return [bank.act.hadamard for moe in moe_ops(parse_ir(text)) for bank in banks(moe).values()]
 
 
+def down_in(scheme: str, block: nn.Module) -> Plan:
+    """Down in one scheme, the others in 16 bits."""
+    rows = compiled(block, "eager", schemes="fp16").plan.rows
+    return Plan({row: Scheme.parse(scheme) if row.role == "down" else wide for row, wide in rows.items()})
+
+
 @pytest.mark.parametrize("target", ["eager", "numba"])
 @pytest.mark.parametrize("scheme", ["fp16", "w8a8_sym", "w4a16_g32_asym"])
 def test_the_function_is_kept(block: nn.Module, x: Tensor, target: str, scheme: str) -> None:
@@ -41,13 +47,21 @@ def test_narrow_activations_gain_where_a_channel_stands_out(block: Any, x: Tenso
     with torch.no_grad():
         block.experts.gate_up_proj[:, 32 + 5] *= 10
         block.shared_expert.up_proj.weight[5] *= 10
-    rows = compiled(block, "eager", schemes="fp16").plan.rows
-    narrow = Scheme.parse("w8a4_g32_sym")
-    plan = Plan({row: narrow if row.role == "down" else scheme for row, scheme in rows.items()})
+    plan = down_in("w8a4_g32_sym", block)
     plain, turned = (
         error(compiled(block, "eager", plan=plan, rotate_down=rotation)(x), block(x)) for rotation in (None, 32)
     )
     assert turned < 0.8 * plain
+
+
+def test_hessians_are_those_of_the_rotated_input(block: nn.Module) -> None:
+    x = torch.randn((4, 100, HIDDEN), generator=torch.Generator().manual_seed(2))
+    plan = down_in("w2a16_g32_asym", block)
+    rtn, gptq = (
+        error(compiled(block, "eager", inputs=x, plan=plan, quantizer=name, rotate_down=16)(x), block(x))
+        for name in ("rtn", "gptq")
+    )
+    assert gptq < 0.9 * rtn
 
 
 def test_the_pipeline_says_it_too(block: nn.Module, x: Tensor) -> None:
