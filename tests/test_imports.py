@@ -38,7 +38,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "target": ("ir", "device"),
     "calib": ("ir", "quant"),
     "frontend": ("ir", "quant"),
-    "transform": ("ir", "quant", "calib", "frontend"),
+    "transform": ("ir", "quant", "calib", "frontend", "solver"),
     "cost": ("ir", "target", "device"),
     "passes": ("ir", "quant", "calib", "cost", "solver", "target", "device"),
     "settings": ("passes",),

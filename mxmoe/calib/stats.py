@@ -71,6 +71,10 @@ class BankStats:
         """[expert, scheme], `fisher_error` with the same fallback."""
         return self._filled(self.fisher_error[role], min_tokens)
 
+    def output(self, min_tokens: int) -> Floats:
+        """[expert], `squared_output` with the same fallback."""
+        return self._filled(self.squared_output[:, None], min_tokens)[:, 0]
+
     def _filled(self, error: Floats, min_tokens: int) -> Floats:
         well = self.well_observed(min_tokens)
         base = well if well.any() else np.ones_like(well)

@@ -97,6 +97,7 @@ from mxmoe.errors.running import (
     WrongDevice,
 )
 from mxmoe.errors.transforming import (
+    CannotPrune,
     NoResidualStream,
     NotAPowerOfTwo,
     NothingToFold,
@@ -165,6 +166,7 @@ __all__ = [
     "BrokenHessians",
     "BrokenStats",
     "BrokenTinyModel",
+    "CannotPrune",
     "CompiledAlready",
     "ElidedTable",
     "EmptyCalibration",

@@ -69,3 +69,9 @@ class RotationChanges(MxmoeError):
         "{cls} cannot be rotated: turning its residual stream changes its output by {change:.1%}, so something else"
         " reads or writes it; the model is as it was"
     )
+
+
+class CannotPrune(MxmoeError):
+    """Experts that cannot be taken out of a block."""
+
+    message = "cannot prune {what}: {reason}"
