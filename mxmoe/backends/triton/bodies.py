@@ -2,8 +2,9 @@
 The inner loops of the group GEMM, one for each way of holding weights; all compute Y^T = W X^T for one tile.
 
 The weight is the first operand, so that decoded weights go to the matrix unit from registers, and tokens are the short
-side of the product: 16 is a legal width on every machine. A tile is `n` output channels by `m` rows; with a gate it is
-two such tiles over the same rows. Every loop returns float32 sums that still want the scales that are constant along k.
+side of the product: 16 is a legal width on every machine. A tile is BN rows of weights by BM rows of tokens; with a gate
+the first half of the weights' rows are gate's and the second half up's. Every loop returns float32 sums [BN, BM] that
+still want the scales that are constant along k.
 """
 
 from __future__ import annotations
@@ -30,61 +31,67 @@ def _dot(w: tl.tensor, rows: tl.tensor, acc: tl.tensor, PTX: tl.constexpr) -> An
 
 
 @triton.jit
+def channels(first: tl.tensor, BN: tl.constexpr, GATED: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Output channel of each row of a tile's weights, and which of two matrices it belongs to."""
+    r = tl.arange(0, BN)
+    if GATED:
+        n, side = first + r % (BN // 2), r // (BN // 2)
+    else:
+        n, side = first + r, r // BN
+    return n, side
+
+
+@triton.jit
 def dense(
-    x: tl.tensor, source: tl.tensor, weight: tl.tensor, second: tl.tensor, first: tl.tensor, k0: tl.tensor,
+    x: tl.tensor, source: tl.tensor, weight: tl.tensor, beside: tl.tensor, first: tl.tensor, k0: tl.tensor,
     N: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr, GATED: tl.constexpr, PTX: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """
     Weights as the matrix unit reads them (bf16, fp16, int8, e4m3), row-major [N, K].
 
-    Args: x [*, K] codes, `source` row of x for each row of the tile, `weight` and `second` (with a gate, else unused)
-    pointers to matrices, `first` output channel, DEPTH channels of k from `k0` on.
+    Args: x [*, K] codes, `source` row of x for each row of the tile, `weight` pointer to a matrix, `beside` elements to
+    the second one (with a gate), `first` output channel, DEPTH channels of k from `k0` on.
     """
     SUM: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
-    n = first + tl.arange(0, BN)
-    if N % BN:
+    n, side = channels(first, BN, GATED)
+    if N % (BN // 2 if GATED else BN):
         n = tl.minimum(n, N - 1)
-    k = k0 + tl.arange(0, BK)
-    at_w = weight + n[:, None].to(tl.int64) * K + k[None, :]
-    at_v = second + n[:, None].to(tl.int64) * K + k[None, :]
+    k = tl.arange(0, BK) + k0
+    at_w = weight + (n.to(tl.int64) * K)[:, None] + k[None, :]
+    if GATED:
+        at_w += (side * beside)[:, None]
     at_x = x + source[None, :] * K + k[:, None]
     acc = tl.zeros((BN, BM), SUM)
-    acc2 = tl.zeros((BN, BM), SUM)
     for step in tl.range(0, tl.cdiv(DEPTH, BK), num_stages=STAGES):
         if DEPTH % BK:
-            inside = step * BK + tl.arange(0, BK) < DEPTH
+            inside = tl.arange(0, BK) + step * BK < DEPTH
             w = tl.load(at_w, mask=inside[None, :], other=0.0)
             rows = tl.load(at_x, mask=inside[:, None], other=0.0)
         else:
             w = tl.load(at_w)
             rows = tl.load(at_x)
         acc = _dot(w, rows, acc, PTX)
-        if GATED:
-            if DEPTH % BK:
-                v = tl.load(at_v, mask=inside[None, :], other=0.0)
-            else:
-                v = tl.load(at_v)
-            acc2 = _dot(v, rows, acc2, PTX)
-            at_v += BK
         at_w += BK
         at_x += BK
-    return acc.to(tl.float32), acc2.to(tl.float32)
+    return acc.to(tl.float32)
 
 
 @triton.jit
-def _block(first: tl.tensor, N: tl.constexpr, UNITS: tl.constexpr, BN: tl.constexpr) -> Any:
-    """Offsets of the rows of a tile in blocks of 64 rows x UNITS units; rows past the last block repeat it."""
-    n = first + tl.arange(0, BN)
+def _block(
+    first: tl.tensor, N: tl.constexpr, BN: tl.constexpr, GATED: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Block of 64 rows, row in it and matrix for each row of a tile; rows past the last block repeat it."""
+    n, side = channels(first, BN, GATED)
     blocks: tl.constexpr = (N + ROWS - 1) // ROWS
     block = n // ROWS
-    if (blocks * ROWS) % BN:
+    if (blocks * ROWS) % (BN // 2 if GATED else BN):
         block = tl.minimum(block, blocks - 1)
-    return block * UNITS, n % ROWS
+    return block, n % ROWS, side
 
 
 @triton.jit
-def _zeros(BN: tl.constexpr, BM: tl.constexpr, FLOAT: tl.constexpr) -> Any:
+def _zeros(BN: tl.constexpr, BM: tl.constexpr, FLOAT: tl.constexpr) -> tl.tensor:
     if FLOAT:
         acc = tl.zeros((BN, BM), tl.float32)
     else:
@@ -93,7 +100,9 @@ def _zeros(BN: tl.constexpr, BM: tl.constexpr, FLOAT: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _nibble_dot(p: tl.tensor, x0: tl.tensor, x1: tl.tensor, acc: tl.tensor, FLOAT: tl.constexpr, PTX: tl.constexpr) -> Any:
+def _nibble_dot(
+    p: tl.tensor, x0: tl.tensor, x1: tl.tensor, acc: tl.tensor, FLOAT: tl.constexpr, PTX: tl.constexpr
+) -> tl.tensor:  # fmt: skip
     """Add both parts of a unit of 4-bit codes times their rows to the sums."""
     if FLOAT:
         low, high = e4m3_parts(p, PTX)
@@ -105,7 +114,7 @@ def _nibble_dot(p: tl.tensor, x0: tl.tensor, x1: tl.tensor, acc: tl.tensor, FLOA
 
 
 @triton.jit
-def _rows_of(at_x: tl.tensor, k: tl.tensor, K: tl.constexpr, UNIT: tl.constexpr) -> Any:
+def _rows_of(at_x: tl.tensor, k: tl.tensor, K: tl.constexpr, UNIT: tl.constexpr) -> tl.tensor:
     """Load a part's rows, zeros beyond K where K is not whole units."""
     if K % UNIT:
         rows = tl.load(at_x, mask=(k < K)[:, None], other=0.0)
@@ -116,48 +125,48 @@ def _rows_of(at_x: tl.tensor, k: tl.tensor, K: tl.constexpr, UNIT: tl.constexpr)
 
 @triton.jit
 def nibbles(
-    x: tl.tensor, x_scale: tl.tensor, source: tl.tensor, weight: tl.tensor, second: tl.tensor, scale: tl.tensor, scale2: tl.tensor, first: tl.tensor,
-    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, PTX: tl.constexpr,
-) -> Any:  # fmt: skip
+    x: tl.tensor, x_scale: tl.tensor, source: tl.tensor, weight: tl.tensor, beside: tl.tensor, scale: tl.tensor,
+    scale_beside: tl.tensor, first: tl.tensor, unit0: tl.tensor,
+    N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, ROW_GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, PTX: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """
     Symmetric 4-bit weights against 8-bit rows: int8 (or 4-bit codes held in int8), or e4m3.
 
     GROUP 0 keeps one sum over all of k; GROUP 128 scales the sum of every unit, int32 to float32, by `scale`
     [n block, unit, 64] (bf16), loaded one unit ahead. ROW_GROUP: the rows have a scale per unit too, `x_scale`
-    [*, units] (else a scale per row, applied by the caller). Sums are in steps of INT8_STEP or E4M3_STEP.
+    [*, units] (else a scale per row, applied by the caller). Sums are in steps of INT8_STEP or E4M3_STEP. k is split
+    into PARTS; this one begins at `unit0`.
     """
     UNITS: tl.constexpr = (K + 127) // 128
+    MINE: tl.constexpr = (UNITS + PARTS - 1) // PARTS
     FLOAT: tl.constexpr = x.dtype.element_ty != tl.int8
-    block, row = _block(first, N, UNITS, BN)
-    byte = block.to(tl.int64)[:, None] * (ROWS * PART) + row[:, None] * PART + tl.arange(0, PART)[None, :]
-    at_w = weight + byte
-    at_v = second + byte
-    k = tl.arange(0, PART)
+    block, row, side = _block(first, N, BN, GATED)
+    at_w = weight + ((block * UNITS + unit0).to(tl.int64) * (ROWS * PART) + row * PART)[:, None]
+    at_w += tl.arange(0, PART)[None, :]
+    at_s = scale + (block * UNITS + unit0) * ROWS + row
+    if GATED:
+        at_w += (side * beside)[:, None]
+        at_s += side * scale_beside
+    k = tl.arange(0, PART) + unit0 * 128
     at_x = x + source[None, :] * K + k[:, None]
-    at_s = scale + block * ROWS + row
-    at_t = scale2 + block * ROWS + row
-    at_r = x_scale + source * UNITS
+    at_r = x_scale + source * UNITS + unit0
+    steps = MINE
+    if UNITS % PARTS:
+        steps = tl.minimum(MINE, UNITS - unit0)
     if GROUP == 0:
         sums = _zeros(BN, BM, FLOAT)
-        sums2 = _zeros(BN, BM, FLOAT)
-        for step in tl.range(0, UNITS, num_stages=STAGES):
+        for step in tl.range(0, steps, num_stages=STAGES):
             x0 = _rows_of(at_x, k + step * 128, K, 128)
             x1 = _rows_of(at_x + PART, k + step * 128 + PART, K, 128)
             sums = _nibble_dot(tl.load(at_w), x0, x1, sums, FLOAT, PTX)
-            if GATED:
-                sums2 = _nibble_dot(tl.load(at_v), x0, x1, sums2, FLOAT, PTX)
-                at_v += ROWS * PART
             at_w += ROWS * PART
             at_x += 2 * PART
         acc = sums.to(tl.float32)
-        acc2 = sums2.to(tl.float32)
     else:
         acc = tl.zeros((BN, BM), tl.float32)
-        acc2 = tl.zeros((BN, BM), tl.float32)
         s = tl.load(at_s)
-        t = tl.load(at_t)
-        for step in tl.range(0, UNITS, num_stages=STAGES):
+        for step in tl.range(0, steps, num_stages=STAGES):
             x0 = _rows_of(at_x, k + step * 128, K, 128)
             x1 = _rows_of(at_x + PART, k + step * 128 + PART, K, 128)
             # the scales of the unit behind the last are there, and not used
@@ -166,21 +175,12 @@ def nibbles(
             if ROW_GROUP:
                 part = part * tl.load(at_r)[None, :]
             acc += part * s.to(tl.float32)[:, None]
-            if GATED:
-                t_next = tl.load(at_t + ROWS)
-                part = _nibble_dot(tl.load(at_v), x0, x1, _zeros(BN, BM, FLOAT), FLOAT, PTX).to(tl.float32)
-                if ROW_GROUP:
-                    part = part * tl.load(at_r)[None, :]
-                acc2 += part * t.to(tl.float32)[:, None]
-                t = t_next
-                at_t += ROWS
-                at_v += ROWS * PART
             s = s_next
             at_s += ROWS
             at_r += 1
             at_w += ROWS * PART
             at_x += 2 * PART
-    return acc, acc2
+    return acc
 
 
 @triton.jit
@@ -192,7 +192,7 @@ def _decoded(
     OWN: tl.constexpr = value.dtype
     if GROUP == 32:
         two = tl.arange(0, 2)
-        at = (group0 + two)[None, :] * ROWS
+        at = (two + group0)[None, :] * ROWS
         if ASYM:
             zero = tl.load(at_z[:, None] + at).to(OWN)
             value = value - tl.reshape(tl.broadcast_to(zero[:, :, None], (BN, 2, 32)), (BN, PART))
@@ -218,7 +218,7 @@ def _wide_parts(
 ) -> Any:  # fmt: skip
     """Add all parts of one unit: LOW bits of each code are in `p`, a third one in `high` from bit SHIFT on."""
     for i in tl.static_range(8 // LOW):
-        rows = _rows_of(at_x + i * PART, k0 + i * PART + tl.arange(0, PART), K, 512 if BITS == 3 else 512 // BITS)
+        rows = _rows_of(at_x + i * PART, tl.arange(0, PART) + (k0 + i * PART), K, 512 if BITS == 3 else 512 // BITS)
         codes = (p >> (LOW * i)) & ((1 << LOW) - 1)
         if BITS > LOW:
             codes = codes | (((high >> (SHIFT + i)) & 1) << LOW)
@@ -245,8 +245,8 @@ def _wide_unit(
             )  # fmt: skip
     elif BITS == 4 and DTYPE == tl.bfloat16:
         low, high = bf16_nibbles(tl.load(at_w), PTX)
-        x0 = _rows_of(at_x, k0 + tl.arange(0, PART), K, 128)
-        x1 = _rows_of(at_x + PART, k0 + PART + tl.arange(0, PART), K, 128)
+        x0 = _rows_of(at_x, tl.arange(0, PART) + k0, K, 128)
+        x1 = _rows_of(at_x + PART, tl.arange(0, PART) + (k0 + PART), K, 128)
         w0 = _decoded(low, at_s, at_z, k0 // max(GROUP, 1), BITS, GROUP, ASYM, BN, DTYPE, PTX)
         w1 = _decoded(high, at_s, at_z, (k0 + PART) // max(GROUP, 1), BITS, GROUP, ASYM, BN, DTYPE, PTX)
         acc = _dot(w0, x0, acc, PTX)
@@ -259,10 +259,11 @@ def _wide_unit(
 
 @triton.jit
 def wide(
-    x: tl.tensor, source: tl.tensor, weight: tl.tensor, second: tl.tensor, scale: tl.tensor, scale2: tl.tensor, zero: tl.tensor, zero2: tl.tensor, first: tl.tensor,
+    x: tl.tensor, source: tl.tensor, weight: tl.tensor, beside: tl.tensor, scale: tl.tensor, scale_beside: tl.tensor,
+    zero: tl.tensor, zero_beside: tl.tensor, first: tl.tensor,
     N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ASYM: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, PTX: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """
     Weights of 2, 3, 4 or 8 bits against bf16 or fp16 rows: decoded to the rows' type, tile by tile.
 
@@ -274,23 +275,18 @@ def wide(
     BYTES: tl.constexpr = (3 if BITS == 3 else 1) * ROWS * PART
     UNITS: tl.constexpr = (K + CHANNELS - 1) // CHANNELS
     GROUPS: tl.constexpr = 1 if GROUP == 0 else UNITS * CHANNELS // GROUP
-    block, row = _block(first, N, 1, BN)
-    byte = block.to(tl.int64)[:, None] * (UNITS * BYTES) + row[:, None] * PART + tl.arange(0, PART)[None, :]
-    at_w = weight + byte
-    at_v = second + byte
+    block, row, side = _block(first, N, BN, GATED)
+    at_w = weight + (block.to(tl.int64) * (UNITS * BYTES) + row * PART)[:, None] + tl.arange(0, PART)[None, :]
     at_s = scale + block * (GROUPS * ROWS) + row
-    at_t = scale2 + block * (GROUPS * ROWS) + row
     at_z = zero + block * (GROUPS * ROWS) + row
-    at_y = zero2 + block * (GROUPS * ROWS) + row
+    if GATED:
+        at_w += (side * beside)[:, None]
+        at_s += side * scale_beside
+        at_z += side * zero_beside
     at_x = x + source[None, :] * K + tl.arange(0, PART)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
-    acc2 = tl.zeros((BN, BM), tl.float32)
     for step in tl.range(0, UNITS, num_stages=STAGES):
-        k0 = step * CHANNELS
-        acc = _wide_unit(acc, at_w, at_x, at_s, at_z, k0, K, BITS, GROUP, ASYM, BN, DTYPE, PTX)
-        if GATED:
-            acc2 = _wide_unit(acc2, at_v, at_x, at_t, at_y, k0, K, BITS, GROUP, ASYM, BN, DTYPE, PTX)
-            at_v += BYTES
+        acc = _wide_unit(acc, at_w, at_x, at_s, at_z, step * CHANNELS, K, BITS, GROUP, ASYM, BN, DTYPE, PTX)
         at_w += BYTES
         at_x += CHANNELS
-    return acc, acc2
+    return acc

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mxmoe.backends.routing import check_shapes
-from mxmoe.backends.triton.choose import choose_configs
+from mxmoe.backends.triton.choose import by_rule
 from mxmoe.backends.triton.dispatch import Dispatch, Tables
 from mxmoe.backends.triton.launch import (
     FUSED,
@@ -76,8 +76,7 @@ class Bank:
 
     def configs(self, tokens: int, top_k: int) -> tuple[Config, ...]:
         """Tiles of every GEMM for a call of so many tokens."""
-        device = self.down.arena.data.device
-        return tuple(choose_configs(one.gemm, tokens, top_k, device) for one in self.gemms)
+        return tuple(by_rule(one.gemm, tokens, top_k) for one in self.gemms)
 
     def schedule(self, index: Tensor, configs: tuple[Config, ...]) -> Tables:
         """Build the schedule of entries and down; entries of one bank share their tiling's classes."""

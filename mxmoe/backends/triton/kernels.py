@@ -7,14 +7,14 @@ in a program, and only classes of the launch are compiled in. `CLASSES` is a tup
 
 from __future__ import annotations
 
-from typing import Any
+
 
 import triton
 import triton.language as tl
 
-from mxmoe.backends.triton.bodies import dense, nibbles, wide
+from mxmoe.backends.triton.bodies import channels, dense, nibbles, wide
 from mxmoe.backends.triton.decode import E4M3_STEP, INT8_STEP, cast
-from mxmoe.backends.triton.schedule import tile_at
+from mxmoe.backends.triton.schedule import tile_in_class
 
 FIELDS = (
     *("kind", "height", "width", "depth", "stages"),
@@ -100,82 +100,104 @@ def act(gate: tl.tensor, up: tl.tensor, ACT: tl.constexpr, P: tl.constexpr, Q: t
 
 @triton.jit
 def _scaled(
-    acc: tl.tensor, arena: tl.tensor, at_scale: tl.tensor, x_scale: tl.tensor, bias: tl.tensor, n: tl.tensor, CLASSES: tl.constexpr, C: tl.constexpr,
-    IS_FLOAT: tl.constexpr, IS_INT: tl.constexpr, HAS_BIAS: tl.constexpr,
-) -> Any:  # fmt: skip
+    acc: tl.tensor, arena: tl.tensor, at: tl.tensor, beside: tl.tensor, x_scale: tl.tensor, bias: tl.tensor, first: tl.tensor,
+    CLASSES: tl.constexpr, C: tl.constexpr, ROWS_FLOAT: tl.constexpr, ROWS_INT: tl.constexpr, BN: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, SIDES: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Apply what is constant along k: steps of the codes, scales per channel and per row, the bias."""
-    SPEC: tl.constexpr = CLASSES[C]
-    if SPEC[KIND] == NIBBLES:
-        acc = acc * (INT8_STEP if IS_INT else E4M3_STEP)
-    per_channel: tl.constexpr = SPEC[GROUP] == 0 and SPEC[BITS] < 16
-    row_scaled: tl.constexpr = (not IS_FLOAT) and (SPEC[GROUP] == 0 or not SPEC[ROW_GROUP])
-    if per_channel:
-        s = tl.load((arena + at_scale).to(tl.pointer_type(tl.float32)) + n)
+    S: tl.constexpr = CLASSES[C]
+    n, side = channels(first, BN, GATED)
+    n = tl.minimum(n, S[N] - 1)
+    if S[KIND] == NIBBLES:
+        acc = acc * (INT8_STEP if ROWS_INT else E4M3_STEP)
+    row_scaled: tl.constexpr = (not ROWS_FLOAT) and (S[GROUP] == 0 or not S[ROW_GROUP])
+    if S[GROUP] == 0 and S[BITS] < 16:
+        s = tl.load((arena + at + side * beside).to(tl.pointer_type(tl.float32)) + n)
         if row_scaled:
             acc = acc * (s[:, None] * x_scale[None, :])
         else:
             acc = acc * s[:, None]
     elif row_scaled:
         acc = acc * x_scale[None, :]
-    if HAS_BIAS:
-        acc = acc + tl.load(bias + n)[:, None]
+    if HAS_BIAS:  # of the first part of k only, where it is split
+        acc = acc + tl.load(bias + side * SIDES + n)[:, None]
     return acc
 
 
 @triton.jit
 def _sums(
-    x: tl.tensor, x_scale: tl.tensor, source: tl.tensor, arena: tl.tensor, at: tl.tensor, at2: tl.tensor, first: tl.tensor, k0: tl.tensor,
-    CLASSES: tl.constexpr, C: tl.constexpr, GATED: tl.constexpr, PTX: tl.constexpr,
-) -> Any:  # fmt: skip
-    """Run the body of a class; `at`, `at2` are the addresses (payload, scale, zero) of a matrix and its second."""
+    x: tl.tensor, x_scale: tl.tensor, source: tl.tensor, arena: tl.tensor, base_ptr: tl.tensor, expert: tl.tensor, first: tl.tensor,
+    part: tl.tensor, CLASSES: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, BN: tl.constexpr,
+    GATED: tl.constexpr, PTX: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Run the body of a class."""
     S: tl.constexpr = CLASSES[C]
+    at, beside = _address(base_ptr, expert, 0, LANES, GATED)
     if S[KIND] == DENSE:
         typed = tl.pointer_type(x.dtype.element_ty)
-        w, v = (arena + at[0]).to(typed), (arena + at2[0]).to(typed)
-        acc, acc2 = dense(
-            x, source, w, v, first, k0,
-            S[N], S[K], S[K] // S[PARTS], S[HEIGHT], S[WIDTH], S[DEPTH], S[STAGES], GATED, PTX,
+        bytes_each: tl.constexpr = x.dtype.element_ty.primitive_bitwidth // 8
+        depth: tl.constexpr = S[K] // S[PARTS]
+        acc = dense(
+            x, source, (arena + at).to(typed), beside // bytes_each, first, part * depth,
+            S[N], S[K], depth, S[HEIGHT], BN, S[DEPTH], S[STAGES], GATED, PTX,
         )  # fmt: skip
     elif S[KIND] == NIBBLES:
-        s, t = (arena + at[1]).to(tl.pointer_type(tl.bfloat16)), (arena + at2[1]).to(tl.pointer_type(tl.bfloat16))
-        acc, acc2 = nibbles(
-            x, x_scale, source, arena + at[0], arena + at2[0], s, t, first,
-            S[N], S[K], S[GROUP], S[ROW_GROUP], S[HEIGHT], S[WIDTH], S[STAGES], GATED, PTX,
+        s, s_beside = _address(base_ptr, expert, 1, LANES, GATED)
+        units: tl.constexpr = (S[K] + 127) // 128
+        acc = nibbles(
+            x, x_scale, source, arena + at, beside, (arena + s).to(tl.pointer_type(tl.bfloat16)), s_beside // 2, first,
+            part * ((units + S[PARTS] - 1) // S[PARTS]),
+            S[N], S[K], S[PARTS], S[GROUP], S[ROW_GROUP], S[HEIGHT], BN, S[STAGES], GATED, PTX,
         )  # fmt: skip
     else:
         meta = tl.pointer_type(tl.float32 if S[GROUP] == 0 else tl.bfloat16)
-        s, t = (arena + at[1]).to(meta), (arena + at2[1]).to(meta)
-        z, y = (arena + at[2]).to(meta), (arena + at2[2]).to(meta)
-        acc, acc2 = wide(
-            x, source, arena + at[0], arena + at2[0], s, t, z, y, first,
-            S[N], S[K], S[BITS], S[GROUP], S[ASYM], S[HEIGHT], S[WIDTH], S[STAGES], GATED, PTX,
+        each: tl.constexpr = 4 if S[GROUP] == 0 else 2
+        s, s_beside = _address(base_ptr, expert, 1, LANES, GATED)
+        z, z_beside = _address(base_ptr, expert, 2, LANES, GATED)
+        acc = wide(
+            x, source, arena + at, beside, (arena + s).to(meta), s_beside // each, (arena + z).to(meta),
+            z_beside // each, first,
+            S[N], S[K], S[BITS], S[GROUP], S[ASYM], S[HEIGHT], BN, S[STAGES], GATED, PTX,
         )  # fmt: skip
-    return acc, acc2
+    return acc
 
 
 @triton.jit
-def _addresses(base_ptr: tl.tensor, lane: tl.tensor) -> Any:
-    """Byte offsets of payload, scale and zero of a matrix; all are multiples of 256."""
-    at = base_ptr + lane * 3
-    return (
-        tl.multiple_of(tl.load(at), 256),
-        tl.multiple_of(tl.load(at + 1), 256),
-        tl.multiple_of(tl.load(at + 2), 256),
-    )
+def _columns(CLASSES: tl.constexpr, C: tl.constexpr) -> tl.constexpr:
+    """Tiles of a band: side by side, times the parts of k."""
+    return ((CLASSES[C][N] + CLASSES[C][WIDTH] - 1) // CLASSES[C][WIDTH]) * CLASSES[C][PARTS]
+
+
+@triton.jit
+def _address(
+    base_ptr: tl.tensor, expert: tl.tensor, WHAT: tl.constexpr, LANES: tl.constexpr, GATED: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Byte offset of payload (0), scale (1) or zero (2) of an expert, and bytes to the second matrix's, if any."""
+    at = tl.multiple_of(tl.load(base_ptr + expert * 3 + WHAT), 256)
+    if GATED:
+        beside = tl.multiple_of(tl.load(base_ptr + (LANES + expert) * 3 + WHAT) - at, 256)
+    else:
+        beside = at
+    return at, beside
 
 
 @triton.jit
 def _tile(
     xs: tl.tensor, x_scales: tl.tensor, arena: tl.tensor, base_ptr: tl.tensor, bias_ptr: tl.tensor, row_of: tl.tensor, band_ptr: tl.tensor, bands: tl.tensor, y_ptr: tl.tensor,
-    assignments: tl.tensor, tokens: tl.tensor, part_stride: tl.tensor, band: tl.tensor, column: tl.tensor,
-    CLASSES: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr,
+    assignments: tl.tensor, tokens: tl.tensor, part_stride: tl.tensor, local: tl.tensor, before: tl.tensor, end: tl.tensor,
+    CLASSES: tl.constexpr, C: tl.constexpr, GROUPING: tl.constexpr, LANES: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr,
     GATED: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
     BIAS_N: tl.constexpr, LD: tl.constexpr, PTX: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> None:  # fmt: skip
+    """Multiply one tile and write it."""
     S: tl.constexpr = CLASSES[C]
+    BM: tl.constexpr = S[HEIGHT]
+    BN: tl.constexpr = S[WIDTH] * (2 if GATED else 1)
+    band, column = tile_in_class(local, end - before, _columns(CLASSES, C), GROUPING)
+    band += before
     expert = tl.load(band_ptr + band)
-    row = tl.load(band_ptr + bands + band) + tl.arange(0, S[HEIGHT])
-    inside = tl.arange(0, S[HEIGHT]) < tl.load(band_ptr + 2 * bands + band)
+    row = tl.load(band_ptr + bands + band) + tl.arange(0, BM)
+    inside = tl.arange(0, BM) < tl.load(band_ptr + 2 * bands + band)
     if GATHER:
         flat = tl.load(row_of + row, mask=inside, other=0)
         source = tl.where(flat < assignments, flat // TOP_K, (flat - assignments) % tl.maximum(tokens, 1))
@@ -186,41 +208,41 @@ def _tile(
     x_scale = x_scales[S[ROW_KIND]]
     first = (column // S[PARTS]) * S[WIDTH]
     part = column % S[PARTS]
-    at = _addresses(base_ptr, expert)
-    at2 = _addresses(base_ptr, LANES + expert) if GATED else at
-    acc, acc2 = _sums(
-        x, x_scale, source, arena, at, at2, first, part * (S[K] // S[PARTS]), CLASSES, C, GATED, PTX
+    acc = _sums(
+        x, x_scale, source, arena, base_ptr, expert, first, part, CLASSES, C, LANES, BN, GATED, PTX
     )  # fmt: skip
-    n = first + tl.arange(0, S[WIDTH])
-    known = n < S[N]
-    if S[N] % S[WIDTH]:
-        n = tl.minimum(n, S[N] - 1)
     FLOAT: tl.constexpr = x.dtype.element_ty == tl.bfloat16 or x.dtype.element_ty == tl.float16
     INT: tl.constexpr = x.dtype.element_ty == tl.int8
     if FLOAT or (S[GROUP] != 0 and S[ROW_GROUP]):
         scale = source.to(tl.float32)
     else:
         scale = tl.load(x_scale + source)
+    if S[GROUP] == 0 and S[BITS] < 16:
+        at, beside = _address(base_ptr, expert, 1, LANES, GATED)
+    else:
+        at, beside = expert, expert
     bias = bias_ptr + expert * BIAS_N
-    y = _scaled(acc, arena, at[1], scale, bias, n, CLASSES, C, FLOAT, INT, HAS_BIAS)
+    y = _scaled(
+        acc, arena, at, beside, scale, bias, first, CLASSES, C, FLOAT, INT, BN, GATED, HAS_BIAS, LANES * BIAS_N
+    )  # fmt: skip
     if GATED:
-        up = _scaled(acc2, arena, at2[1], scale, bias + LANES * BIAS_N, n, CLASSES, C, FLOAT, INT, HAS_BIAS)
-        y = act(y, up, ACT, P, Q)
+        gate, up = tl.split(tl.permute(tl.reshape(y, (2, BN // 2, BM)), (1, 2, 0)))
+        y = act(gate, up, ACT, P, Q)
     elif ACT != "none":
         y = _pointwise(y, ACT)
+    n = first + tl.arange(0, S[WIDTH])
     to = y_ptr + part * part_stride + row.to(tl.int64)[None, :] * LD + n[:, None]
-    mask = inside[None, :] & known[:, None]
+    mask = inside[None, :] & (n < S[N])[:, None]
     tl.store(to, cast(y, y_ptr.dtype.element_ty, PTX), mask=mask)
 
 
 @triton.jit
 def group_gemm(
-    xs: tl.tensor, x_scales: tl.tensor, arena: tl.tensor, base_ptr: tl.tensor, bias_ptr: tl.tensor, row_of: tl.tensor, ends_ptr: tl.tensor, class_ptr: tl.tensor, band_ptr: tl.tensor,
-    bands: tl.tensor, y_ptr: tl.tensor, assignments: tl.tensor, tokens: tl.tensor, part_stride: tl.tensor,
+    xs: tl.tensor, x_scales: tl.tensor, arena: tl.tensor, base_ptr: tl.tensor, bias_ptr: tl.tensor, row_of: tl.tensor, ends_ptr: tl.tensor, band_ptr: tl.tensor, bands: tl.tensor, y_ptr: tl.tensor, assignments: tl.tensor, tokens: tl.tensor, part_stride: tl.tensor,
     CLASSES: tl.constexpr, CP: tl.constexpr, GROUPING: tl.constexpr, LANES: tl.constexpr, TOP_K: tl.constexpr,
     GATHER: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, P: tl.constexpr,
-    Q: tl.constexpr, BIAS_N: tl.constexpr, LD: tl.constexpr, PTX: tl.constexpr,
-) -> Any:  # fmt: skip
+    Q: tl.constexpr, BIAS_N: tl.constexpr, LD: tl.constexpr, PTX: tl.constexpr, WALKS: tl.constexpr,
+) -> None:  # fmt: skip
     """
     y[sorted row] = act(W_expert x[source]) for every tile of the schedule.
 
@@ -228,23 +250,55 @@ def group_gemm(
     `base_ptr` int64 [matrices, LANES, 3] where payload, scale and zero of each lie; `bias_ptr` float32 [matrices,
     LANES, BIAS_N]; the tables of the schedule; `y_ptr` [parts, rows, LD].
     """
-    last = tl.load(ends_ptr + CP + len(CLASSES))
-    for tile in range(tl.program_id(0), last, tl.num_programs(0)):
-        found, band, column = tile_at(tile, ends_ptr, class_ptr, CP, GROUPING)
-        for c in tl.static_range(len(CLASSES)):
-            if found == c:
+    if WALKS:
+        last = tl.load(ends_ptr + CP + len(CLASSES))
+        for tile in range(tl.program_id(0), last, tl.num_programs(0)):
+            found, local, before, end = _find(tile, last, ends_ptr, CLASSES, CP)
+            for i in tl.static_range(len(CLASSES)):
+                if found == i:
+                    _tile(
+                        xs, x_scales, arena, base_ptr, bias_ptr, row_of, band_ptr, bands, y_ptr, assignments, tokens,
+                        part_stride, local, before, end,
+                        CLASSES, i, GROUPING, LANES, TOP_K, GATHER, GATED, HAS_BIAS, ACT, P, Q, BIAS_N, LD, PTX,
+                    )  # fmt: skip
+    else:  # a loop of one step would keep its registers
+        tile = tl.program_id(0)
+        for i in tl.static_range(len(CLASSES)):
+            # classes are in the order of their tiles; leaving at once tells the compiler that all threads go one way
+            if tile < tl.load(ends_ptr + CP + i + 1):
+                local = tile - tl.load(ends_ptr + CP + i)
                 _tile(
                     xs, x_scales, arena, base_ptr, bias_ptr, row_of, band_ptr, bands, y_ptr, assignments, tokens,
-                    part_stride, band, column,
-                    CLASSES, c, LANES, TOP_K, GATHER, GATED, HAS_BIAS, ACT, P, Q, BIAS_N, LD, PTX,
+                    part_stride, local, tl.load(ends_ptr + i), tl.load(ends_ptr + i + 1),
+                    CLASSES, i, GROUPING, LANES, TOP_K, GATHER, GATED, HAS_BIAS, ACT, P, Q, BIAS_N, LD, PTX,
                 )  # fmt: skip
+                return
+
+
+@triton.jit
+def _find(
+    tile: tl.tensor, last: tl.tensor, ends_ptr: tl.tensor, CLASSES: tl.constexpr, CP: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Class of a tile, its number in the class, and the first band of the class and of the next."""
+    if len(CLASSES) == 1:
+        found, local, before, end = 0, tile, 0, last // _columns(CLASSES, 0)
+    else:
+        c = tl.arange(0, CP)
+        first_band = tl.load(ends_ptr + c)
+        first_tile = tl.load(ends_ptr + CP + c)
+        # empty classes share the start of the next, so the last class that starts at or before the tile holds it
+        found = tl.sum(((first_tile <= tile) & (c > 0)).to(tl.int32), 0)
+        local = tile - tl.sum(tl.where(c == found, first_tile, 0), 0)
+        before = tl.sum(tl.where(c == found, first_band, 0), 0)
+        end = tl.sum(tl.where(c == found + 1, first_band, 0), 0)
+    return found, local, before, end
 
 
 @triton.jit
 def combine(
     y_ptr: tl.tensor, place_of: tl.tensor, weight_ptr: tl.tensor, out_ptr: tl.tensor, part_stride: tl.tensor,
     TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, PARTS: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> None:  # fmt: skip
     """out[token] = sum over its choices, first choice first, of router weight * y[place], in float32."""
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -118,8 +118,6 @@ def run_gemm(
     _, classes = classes_of(gemm, config)
     place = dispatch.places
     first_band = place[f"band_expert{which}"][0]
-    sets = len(dispatch.tilings)
-    class_at = sets * dispatch.expert_width + which * 5 * dispatch.class_width
     most = dispatch.most_tiles(which)
     programs = most if not config.per_sm else min(most, config.per_sm * programs_at_once(out.device))
     if not most:
@@ -130,10 +128,10 @@ def run_gemm(
     kernels.group_gemm[(programs,)](
         rows.codes, rows.scales, matrices.arena.data, matrices.arena.base, rows.scales[0] if bias is None else bias,
         tables.words[place["row_of"][0] :], tables.words[place[f"class_band{which}"][0] :],
-        tables.constants[class_at:], tables.words[first_band:], dispatch.bands(which), out,
+        tables.words[first_band:], dispatch.bands(which), out,
         dispatch.assignments, dispatch.tokens, out.stride(0),
         classes, dispatch.class_width, config.grouping, len(gemm.schemes), dispatch.top_k,
-        gather, gemm.gated, bias is not None, epilogue.act, p, q, gemm.n, out.shape[-1], not interpreting(),
+        gather, gemm.gated, bias is not None, epilogue.act, p, q, gemm.n, out.shape[-1], not interpreting(), config.per_sm > 0,
         num_warps=config.warps, **options,
     )  # fmt: skip
 

@@ -13,9 +13,18 @@ INTERPRET = "TRITON_INTERPRET"
 
 
 def choose_mode() -> None:
-    """Without a CUDA device, have kernels interpreted; a process that has Triton already keeps what that is."""
-    if "triton" not in sys.modules and not torch.cuda.is_available():
-        os.environ.setdefault(INTERPRET, "1")
+    """
+    Without a CUDA device, have kernels interpreted.
+
+    Triton decides when it is imported, and other libraries import it early: it is then imported anew. What others hold
+    of the former copy stays as it was.
+    """
+    if torch.cuda.is_available() or os.environ.get(INTERPRET) == "1":
+        return
+    os.environ[INTERPRET] = "1"
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+        if not name.startswith("triton._C"):  # a compiled extension is loaded once in a process
+            del sys.modules[name]
 
 
 def interpreting() -> bool:

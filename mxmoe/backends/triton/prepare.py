@@ -68,24 +68,32 @@ def prepare_row(
         x = tl.load(x_ptr + at + k, mask=k < K, other=0.0).to(tl.float32)
     k = tl.arange(0, BLOCK)[None, :]
     for i in tl.static_range(len(KINDS)):
-        WAY: tl.constexpr = KINDS[i][0]
-        GROUP: tl.constexpr = KINDS[i][2]
-        to = codes[i]
-        if WAY == CAST:
-            if to.dtype.element_ty == tl.float16:  # finite values saturate, as the definition has it
-                near = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
-                x = tl.where(tl.abs(x) < float("inf"), near, x)
-            tl.store(to + at + k, cast(x, to.dtype.element_ty, PTX), mask=k < K)
-        elif GROUP:
-            groups: tl.constexpr = (K + GROUP - 1) // GROUP
-            ratio, scale = _quantize(tl.reshape(x, (BLOCK // GROUP, GROUP)), WAY, KINDS[i][1], PTX)
-            g = tl.arange(0, BLOCK // GROUP)
-            tl.store(scales[i] + row.to(tl.int64) * groups + g, scale, mask=g < groups)
-            tl.store(to + at + k, tl.reshape(ratio, (1, BLOCK)).to(to.dtype.element_ty), mask=k < K)
-        else:
-            ratio, scale = _quantize(x, WAY, KINDS[i][1], PTX)
-            tl.store(scales[i] + row + tl.arange(0, 1), scale)
-            tl.store(to + at + k, ratio.to(to.dtype.element_ty), mask=k < K)
+        _write_kind(row, x, at + k, k < K, codes[i], scales[i], K, BLOCK, KINDS, i, PTX)
+
+
+@triton.jit
+def _write_kind(
+    row: tl.tensor, x: tl.tensor, to: tl.tensor, inside: tl.tensor, codes: tl.tensor, scales: tl.tensor,
+    K: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, I: tl.constexpr, PTX: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write float32 `x` [1, BLOCK] in one kind, at the offsets `to`."""
+    WAY: tl.constexpr = KINDS[I][0]
+    GROUP: tl.constexpr = KINDS[I][2]
+    if WAY == CAST:
+        if codes.dtype.element_ty == tl.float16:  # finite values saturate, as the definition has it
+            near = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+            x = tl.where(tl.abs(x) < float("inf"), near, x)
+        tl.store(codes + to, cast(x, codes.dtype.element_ty, PTX), mask=inside)
+    elif GROUP:
+        groups: tl.constexpr = (K + GROUP - 1) // GROUP
+        ratio, scale = _quantize(tl.reshape(x, (BLOCK // GROUP, GROUP)), WAY, KINDS[I][1], PTX)
+        g = tl.arange(0, BLOCK // GROUP)
+        tl.store(scales + row.to(tl.int64) * groups + g, scale, mask=g < groups)
+        tl.store(codes + to, tl.reshape(ratio, (1, BLOCK)).to(codes.dtype.element_ty), mask=inside)
+    else:
+        ratio, scale = _quantize(x, WAY, KINDS[I][1], PTX)
+        tl.store(scales + row + tl.arange(0, 1), scale)
+        tl.store(codes + to, ratio.to(codes.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mxmoe.backends.triton.dispatch import TileClass, Tiling
-from mxmoe.backends.triton.layout import KINDS, body_of
+from mxmoe.backends.triton.layout import KINDS, body_of, unit_channels
 from mxmoe.backends.triton.rows import RowKind
 from mxmoe.errors import BadTiles
 from mxmoe.ir import Scheme
@@ -123,7 +123,7 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
         for height in shape.heights:
             spec = (
                 KINDS.index(body_of(scheme) or ""),
-                *(height, shape.width, shape.depth, shape.stages, gemm.n, gemm.k, scheme.weight_bits),
+                *(height, shape.width, shape.depth, _stages(shape, scheme, gemm.k), gemm.n, gemm.k, scheme.weight_bits),
                 *(scheme.group_size or 0, int(not scheme.symmetric), kinds.index(RowKind.of(scheme))),
                 *(int(scheme.act_group_size is not None), shape.parts),
             )
@@ -132,6 +132,12 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
     rows.sort(key=lambda row: -row[0])
     groups = tuple(distinct.index(scheme) for scheme in gemm.schemes)
     return Tiling(tuple(row[1] for row in rows), groups), tuple(row[2] for row in rows)
+
+
+def _stages(shape: Shape, scheme: Scheme, k: int) -> int:
+    """Steps in flight: no more than there are, and a loop of one step is none to the compiler."""
+    depth = shape.depth if body_of(scheme) == "dense" else unit_channels(scheme)
+    return max(1, min(shape.stages, -(-k // (depth * shape.parts))))
 
 
 def tile_time(scheme: Scheme, height: int, width: int, k: int) -> float:
