@@ -43,12 +43,12 @@ def gemm_request(
     """
     _, classes = classes_of(gemm, config)
     kinds = gemm.row_kinds
-    pointers = ("arena", "base_ptr", "bias_ptr", "row_of", "ends_ptr", "class_ptr", "band_ptr", "y_ptr")
-    types = ("*u8", "*i64", "*fp32", "*i32", "*i32", "*i32", "*i32", f"*{out}")
+    pointers = {"arena": "*u8", "base_ptr": "*i64", "bias_ptr": "*fp32", "y_ptr": f"*{out}"}
     signature = {
         "xs": tuple(_TYPES[kind.format] for kind in kinds),
         "x_scales": ("*fp32",) * len(kinds),
-        **dict(zip(pointers, types, strict=True)),
+        **pointers,
+        **dict.fromkeys(("row_of", "ends_ptr", "band_ptr"), "*i32"),
         **dict.fromkeys(("bands", "assignments", "tokens", "part_stride"), "i32"),
     }
     constants = {
@@ -66,10 +66,10 @@ def gemm_request(
         "BIAS_N": gemm.n,
         "LD": gemm.n,
         "PTX": True,
+        "WALKS": config.per_sm > 0,
     }
     signature |= dict.fromkeys(constants, "constexpr")
-    names = tuple(kernels.group_gemm.arg_names)
-    ordered = {name: signature[name] for name in names}
+    ordered = {name: signature[name] for name in kernels.group_gemm.arg_names}
     return Request(
         kernels.group_gemm, ordered, constants, arch, config.warps, registers=config.registers, code_path=code_path
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mxmoe.backends.routing import check_shapes
-from mxmoe.backends.triton.choose import by_rule
+from mxmoe.backends.triton.choose_ada import config_for
 from mxmoe.backends.triton.dispatch import Dispatch, Tables
 from mxmoe.backends.triton.launch import (
     FUSED,
@@ -76,13 +76,13 @@ class Bank:
 
     def configs(self, tokens: int, top_k: int) -> tuple[Config, ...]:
         """Tiles of every GEMM for a call of so many tokens."""
-        return tuple(by_rule(one.gemm, tokens, top_k) for one in self.gemms)
+        device = self.down.arena.data.device
+        return tuple(config_for(one.gemm, tokens, top_k, device) for one in self.gemms)
 
     def schedule(self, index: Tensor, configs: tuple[Config, ...]) -> Tables:
         """Build the schedule of entries and down; entries of one bank share their tiling's classes."""
         tilings = tuple(
-            classes_of(one.gemm, config)[0]
-            for one, config in ((self.entries[0], configs[0]), (self.down, configs[-1]))
+            classes_of(one.gemm, config)[0] for one, config in ((self.entries[0], configs[0]), (self.down, configs[-1]))
         )
         tokens, top_k = index.shape
         dispatch = Dispatch(self.experts, top_k, tokens, tilings)
@@ -118,9 +118,7 @@ class Bank:
         run_combine(down, tables.table("place_of"), weights, made["out"], index.shape[1])
         return made
 
-    def _apart(
-        self, hidden: Tensor, index: Tensor, configs: tuple[Config, ...], tables: Tables
-    ) -> dict[str, Tensor]:
+    def _apart(self, hidden: Tensor, index: Tensor, configs: tuple[Config, ...], tables: Tables) -> dict[str, Tensor]:
         """Run entries one by one, and the nonlinearity in torch: for gate and up of different schemes."""
         sums: list[Tensor] = []
         for one, config in zip(self.entries, configs, strict=False):
@@ -202,9 +200,7 @@ class TritonExecutable:
             out[part] = compiled.run(hidden[part], index[part], weights[part], configs)["out"]
         return out
 
-    def trace(
-        self, bank: str, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> dict[str, Tensor]:
+    def trace(self, bank: str, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> dict[str, Tensor]:
         """Run one bank and give what every step made; see `Bank.run`."""
         compiled = self._checked(bank, hidden, top_k_index, top_k_weights)
         configs = compiled.configs(*top_k_index.shape)
