@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from mxmoe.ir import Allocation, ModuleOp, Plan, Row, Scheme, allocation_of, banks, moe_ops
+from mxmoe.ir import Allocation, ModuleOp, Plan, Row, Scheme, allocation_of, banks, moe_ops, rotations_of
 from mxmoe.passes import histogram
 from mxmoe.report.bit_map import bit_map
 from mxmoe.report.figure import INK, new_figure
@@ -42,6 +42,7 @@ def describe_module(module: ModuleOp) -> str:
         lines.append(f"candidates: {', '.join(map(str, candidates))}")
     if counts := histogram(module):
         lines.append(f"rows per scheme: {_counts(counts)}")
+    lines += _describe_rotations(rotations_of(module))
     if (allocation := allocation_of(module)) is not None:
         lines += ["", _describe_allocation(allocation)]
     return "\n".join(lines)
@@ -51,9 +52,17 @@ def describe_plan(plan: Plan) -> str:
     """Say of a plan: what it was solved for, what it reached, and how many rows have each scheme."""
     blocks = len({row.block for row in plan.rows})
     lines = [f"{len(plan.rows)} rows in {blocks} block{'s' * (blocks != 1)}: {_counts(plan.histogram())}"]
+    lines += _describe_rotations(plan.rotations)
     if plan.allocation is None:
         return "\n".join([*lines, "written by hand, not solved"])
     return "\n".join([*lines, _describe_allocation(plan.allocation)])
+
+
+def _describe_rotations(rotations: Mapping[tuple[str, str], int]) -> list[str]:
+    """Say in how many banks what goes to down is rotated, and in which blocks; nothing if in none."""
+    sizes = sorted(set(rotations.values()))
+    banks_say = f"{len(rotations)} bank{'s' * (len(rotations) != 1)}"
+    return [f"rotated on the way to down: {banks_say}, in blocks of {', '.join(map(str, sizes))}"] if sizes else []
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> str:
