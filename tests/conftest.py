@@ -23,6 +23,15 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files; read the diff afterwards")
+    parser.addoption("--all-kernels", action="store_true", help="compile every scheme and tile for sm_89: half an hour")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is compiled on demand only."""
+    if not config.getoption("--all-kernels"):
+        dropped = [item for item in items if item.get_closest_marker("every_kernel")]
+        items[:] = [item for item in items if item not in dropped]
+        config.hook.pytest_deselected(items=dropped)
 
 
 class Golden:
