@@ -27,7 +27,7 @@ from mxmoe.frontend import Lifted, lift
 from mxmoe.ir import Scheme
 from mxmoe.quant import apply_act, dequantize
 
-QUANTIZERS = ("rtn", "rtn_mse", "gptq", "gptq{act-order=false}", "gptq{static-groups=false}", "gptq{clip=mse}")
+QUANTIZERS = ("rtn", "rtn_mse", "gptq", "gptq{act-order=false}", "gptq{static-groups=false}", "gptq{scales=rtn_mse}")
 TOP_K = 4
 
 

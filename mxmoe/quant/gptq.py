@@ -6,23 +6,22 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mxmoe.errors import BadOption
 from mxmoe.ir import Scheme
-from mxmoe.quant.clip import rtn_mse
 from mxmoe.quant.formats import FORMATS
 from mxmoe.quant.hessian import activation_order, checked_hessian, feedback
 from mxmoe.quant.options import WithOptions
 from mxmoe.quant.quantized import CODE_DTYPES, Quantized, scale_dtype
-from mxmoe.quant.rtn import checked_weight, quantize
+from mxmoe.quant.quantizers import Quantizer, find_quantizer, needs_hessian
+from mxmoe.quant.rtn import checked_weight
 
 # channels whose errors are fed forward one by one, before a product takes them to the rest of their block
 _SMALL = 16
-Fitted = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,17 @@ class Gptq(WithOptions):
     given to the channels after it (`mxmoe.quant.hessian.feedback` has the formula). Codes, scales and zero points mean
     what they mean in "rtn". Every matrix of a stack [..., n, k] has its own Hessian; all are quantized together.
 
-    Defined for every Hessian: one that is None or zero gives "rtn" (with clip=mse, "rtn_mse"); a channel without
-    input is rounded to nearest; a rank-deficient one is damped; one that still has no factor gives "rtn".
+    Defined for every Hessian: one that is None or zero gives what the quantizer of the scales gives, "rtn" by default;
+    a channel without input is rounded to nearest; a rank-deficient one is damped; one that still has no factor is
+    treated as zero.
     Results of CPU and GPU agree up to codes whose weight lies near a rounding border.
 
     Memory: beside weight and result 4 k (k + 5 n) bytes for each matrix at work and 40 k^2 once; matrices are taken in
     parts of at most `max_gb`.
 
     Raises:
-        BadOption: a damping, block or `max_gb` that is out of range.
+        BadOption: a damping, block or `max_gb` that is out of range, or scales of a quantizer that needs Hessians.
+        UnknownName: scales of a quantizer that is not registered.
     """
 
     name: ClassVar[str] = "gptq"
@@ -56,8 +57,8 @@ class Gptq(WithOptions):
     are ordered as wholes."""
     block: int = 128
     """Channels between two products with all that follows; with dynamic groups a block is a group."""
-    clip: Literal["none", "mse"] = "none"
-    """mse: scales from the search of "rtn_mse"."""
+    scales: str = "rtn"
+    """The quantizer that scales and zero points are taken from; "rtn_mse" and "hqq" pay at few bits."""
     max_gb: float = 8.0
     """10^9 bytes that the matrices at work may take; one matrix may exceed it."""
 
@@ -65,7 +66,7 @@ class Gptq(WithOptions):
         for option, fits, reason in (
             ("damping", 0 <= self.damping < math.inf, "it is at least 0"),
             ("block", self.block >= 1, "it is at least 1"),
-            ("clip", self.clip in ("none", "mse"), "it is none or mse"),
+            ("scales", not needs_hessian(self.scales), "it names a quantizer that works without Hessians"),
             ("max_gb", self.max_gb > 0, "it is positive"),
         ):
             if not fits:
@@ -85,8 +86,7 @@ class Gptq(WithOptions):
         dense = checked_weight(weight, scheme, name)
         hessians = None if hessian is None else checked_hessian(hessian, dense, name)
         if hessians is None or scheme.is_float or not dense.numel():
-            plain = rtn_mse if self.clip == "mse" else quantize
-            return plain(dense, scheme, name=name)
+            return find_quantizer(self.scales)(dense, scheme, name=name)
         stack = dense.reshape(-1, *dense.shape[-2:])
         size = self._at_once(*dense.shape[-2:])
         parts = [
@@ -96,13 +96,6 @@ class Gptq(WithOptions):
         joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
         codes, scale, *zero = (tensor.reshape(*dense.shape[:-1], -1) for tensor in joined)
         return Quantized(scheme, codes.view(CODE_DTYPES[scheme.weight_format]), scale, *zero)
-
-    def fit(self, weight: Tensor, scheme: Scheme) -> Fitted:
-        """Choose scale and zero point [..., n, groups] of a float32 weight, as `clip` says; a `Format.fit`."""
-        fmt = FORMATS[scheme.weight_format]
-        scale, zero = rtn_mse.fit(weight, scheme) if self.clip == "mse" else fmt.fit(weight, scheme)
-        assert scale is not None, f"{scheme} has scales"
-        return scale, zero
 
     def _at_once(self, n: int, k: int) -> int:
         """Count the matrices [n, k] that `max_gb` has room for."""
@@ -117,6 +110,7 @@ class _Work:
         self.options = options
         self.scheme = scheme
         self.format = FORMATS[scheme.weight_format]
+        self.plain: Quantizer = find_quantizer(options.scales)
         # one column is a weight of one channel with a scale of its own
         self.column = dataclasses.replace(scheme, group_size=None)
         batch, n, k = weight.shape
@@ -135,7 +129,7 @@ class _Work:
             self.scale = torch.empty(shape, dtype=scale_dtype(scheme), device=weight.device)
             self.zero = None if scheme.symmetric else torch.empty_like(self.scale)
         else:
-            scale, zero = options.fit(weight, scheme)
+            scale, zero = self._fit(weight)
             self.scale, self.zero = scale.mT, None if zero is None else zero.mT
 
     def run(self) -> list[Tensor]:
@@ -161,7 +155,7 @@ class _Work:
     def _scales(self, start: int, end: int, target: Tensor) -> tuple[Tensor, Tensor | None]:
         """Give scale and zero point of each channel of a block, float32 [batch, end - start, n]."""
         if self.is_dynamic:
-            scale, zero = self.options.fit(self._moved(start, end, target).mT, self.scheme)
+            scale, zero = self._fit(self._moved(start, end, target).mT)
             group = self.group[:, start]
             self.scale[self.matrices[:, 0], group] = scale.squeeze(-1)
             if self.zero is not None and zero is not None:
@@ -169,6 +163,12 @@ class _Work:
         group = self.group[:, start:end]
         zero = None if self.zero is None else self.zero[self.matrices, group].float()
         return self.scale[self.matrices, group].float(), zero
+
+    def _fit(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Choose scale and zero point [batch, n, groups] of weights [batch, n, k]."""
+        plain = self.plain(weight, self.scheme)
+        assert plain.scale is not None, f"{self.scheme} has scales"
+        return plain.scale, plain.zero
 
     def _moved(self, start: int, end: int, target: Tensor) -> Tensor:
         """

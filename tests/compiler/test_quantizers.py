@@ -40,7 +40,7 @@ def error(block: torch.nn.Module, quantizer: str, target: str = "eager") -> floa
 def test_gptq_is_closer_than_rounding_on_unseen_tokens(target: str) -> None:
     block = qwen_block()
     plain = error(block, "rtn", target)
-    for quantizer in ("gptq", "gptq{clip=mse}"):
+    for quantizer in ("gptq", "gptq{scales=rtn_mse}"):
         assert error(block, quantizer, target) < 0.8 * plain
 
 
