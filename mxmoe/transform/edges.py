@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from mxmoe.transform.rows import evaluating
 
 _TOKENS = 32
 """Tokens that are traced: enough that no two inputs are equal by chance."""
+_RECENT = 8
+"""Norms whose outputs are remembered while tracing: readers come soon after, and a layer has no more."""
 _PRESERVED = 1e-4
 """Relative change of the output of half of the tokens; a forgotten reader is off by tenths."""
 
@@ -145,9 +148,14 @@ class _Seen:
         outside = {path: m for path, m in lifted.root.named_modules() if m not in inside}
         self.norms = {path: m for path, m in outside.items() if self._is_norm(m)}
         self.linears = {path: w for path, m in outside.items() if (w := self._matrix(m)) is not None}
-        self.made: dict[str, tuple[Tensor, Tensor]] = {}
-        self.read: dict[Any, Tensor] = {}
-        self.given: dict[Any, Tensor] = {}
+        self.recent: deque[tuple[str, Tensor]] = deque(maxlen=_RECENT)
+        """Norms and what they gave, the latest last."""
+        self.sources: dict[str, Tensor] = {}
+        """Norm -> some of the rows that it was given."""
+        self.read: dict[str, str | None] = {}
+        """Linear -> norm that made its input."""
+        self.given: dict[tuple[str, str], str | None] = {}
+        """(block, bank or "" for the block itself) -> the same."""
 
     def _is_norm(self, module: nn.Module) -> bool:
         own = {name: parameter.shape for name, parameter in module.named_parameters(recurse=False)}
@@ -165,18 +173,19 @@ class _Seen:
         stack = ExitStack()
         named = dict(self.lifted.root.named_modules())
 
-        def record(into: dict[Any, Tensor], key: object) -> Callable[..., None]:
+        def record(into: dict[Any, str | None], key: object) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
                 if tensors and tensors[0].is_floating_point():
-                    into[key] = tensors[0].detach().clone()
+                    into[key] = self._maker(tensors[0])
 
             return hook
 
         def made(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
                 if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                    self.made[path] = (args[0].detach().clone(), output.detach().clone())
+                    self.recent.append((path, output.detach().clone()))
+                    self.sources[path] = args[0].detach().reshape(-1, args[0].shape[-1])[:_TOKENS].clone()
 
             return hook
 
@@ -195,22 +204,24 @@ class _Seen:
 
     def edge(self, block: LiftedBlock, experts: Mapping[str, tuple[ExpertViews, ...]]) -> Edge:
         """Put together what was seen of one block."""
-        given: list[Tensor] = []
+        makers: list[str | None] = []
         for name, bank in block.banks.items():
             key = (block.name, "" if bank.kind == "module_list" else name)
             if key not in self.given:
                 return Edge(block, experts, problem=f"its bank {name} was not reached by the tokens that were traced")
-            given.append(self.given[key])
-        x = given[0]
-        if not all(_same(x, other) for other in given[1:]):
+            makers.append(self.given[key])
+        path = makers[0]
+        if any(maker != path for maker in makers):
             return Edge(block, experts, problem="its banks read different inputs")
-        norms = [path for path, (_, output) in self.made.items() if _same(output, x)]
-        if not norms:
+        if path is None:
             return Edge(block, experts, problem="no norm makes its input")
-        path = norms[-1]
-        norm, source = self.norms[path], self.made[path][0]
-        readers = {where: self.linears[where] for where, given in self.read.items() if _same(given, x)}
-        return Edge(block, experts, Gain(path, norm, _offset(norm, source)), readers)
+        readers = {where: self.linears[where] for where, maker in self.read.items() if maker == path}
+        norm = self.norms[path]
+        return Edge(block, experts, Gain(path, norm, _offset(norm, self.sources[path])), readers)
+
+    def _maker(self, x: Tensor) -> str | None:
+        """The latest norm that gave these values."""
+        return next((path for path, output in reversed(self.recent) if _same(output, x)), None)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
