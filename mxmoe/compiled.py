@@ -70,7 +70,10 @@ class CompiledBank:
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Run the bank: [tokens, hidden] -> [tokens, hidden]; see `Executable`."""
-        if torch.compiler.is_dynamo_compiling():  # kernels are no torch: the graph breaks around them
+        if torch.compiler.is_dynamo_compiling():
+            if hasattr(self.executable, "op"):  # a torch operator with a known shape
+                return self.executable.op(self.bank, hidden, top_k_index, top_k_weights)  # pyright: ignore
+            # kernels are no torch: the graph breaks around them
             opaque: Executable = torch.compiler.disable(self.executable)  # pyright: ignore[reportAssignmentType]
             return opaque(self.bank, hidden, top_k_index, top_k_weights)
         return self.executable(self.bank, hidden, top_k_index, top_k_weights)

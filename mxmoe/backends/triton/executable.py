@@ -16,11 +16,14 @@ from mxmoe.backends.triton.launch import (
     Epilogue,
     Matrices,
     act_in_torch,
+    begin,
     make_rows,
-    make_tables,
+    room_for_tables,
     run_combine,
     run_gemm,
 )
+from mxmoe.backends.triton.op import hold
+from mxmoe.backends.triton.schedule import allocate, build
 from mxmoe.backends.triton.tiles import Config, classes_of
 from mxmoe.errors import NoSuchBank, WrongDevice
 from mxmoe.quant import Packed, pack
@@ -79,18 +82,14 @@ class Bank:
         device = self.down.arena.data.device
         return tuple(config_for(one.gemm, tokens, top_k, device) for one in self.gemms)
 
-    def schedule(self, index: Tensor, configs: tuple[Config, ...]) -> Tables:
-        """Build the schedule of entries and down; entries of one bank share their tiling's classes."""
-        tilings = tuple(
-            classes_of(one.gemm, config)[0] for one, config in ((self.entries[0], configs[0]), (self.down, configs[-1]))
-        )
-        tokens, top_k = index.shape
+    def tables(self, tokens: int, top_k: int, configs: tuple[Config, ...]) -> Tables:
+        """Make room for the schedule of entry and down."""
+        pair = ((self.entries[0], configs[0]), (self.down, configs[-1]))
+        tilings = tuple(classes_of(one.gemm, config)[0] for one, config in pair)
         dispatch = Dispatch(self.experts, top_k, tokens, tilings)
         key = (tokens, top_k, configs)
-        known = self.constants.get(key)
-        tables = make_tables(dispatch, torch.empty(0) if known is None else known, index)
-        if known is None:
-            self.constants[key] = tables.constants
+        tables = room_for_tables(dispatch, self.constants.get(key), self.down.arena.data.device)
+        self.constants[key] = tables.constants
         return tables
 
     def run(self, hidden: Tensor, index: Tensor, weights: Tensor, configs: tuple[Config, ...]) -> dict[str, Tensor]:
@@ -101,17 +100,18 @@ class Bank:
             What the steps made: `act` and `down` by sorted row, `out` [tokens, hidden]; `gate` and `up` where they
             were made apart.
         """
-        tables = self.schedule(index, configs)
+        tables = self.tables(*index.shape, configs)
         rows = tables.dispatch.rows
         made: dict[str, Tensor] = {}
         if self.is_fused:
             kinds = self.entries[0].gemm.row_kinds
             act = hidden.new_empty((1, rows, self.entries[0].gemm.n))
             epilogue = Epilogue(self.act, tuple(self.act_params.values()))
-            read = make_rows(hidden, kinds)
+            read = begin(tables, index, hidden, kinds)
             run_gemm(self.entries[0], configs[0], read, tables, 0, act, epilogue, gather=True)
             made["act"] = act[0]
         else:
+            build(tables, index)
             made |= self._apart(hidden, index, configs, tables)
         down = self._down(made["act"], tables, configs[-1])
         made |= {"down": down[0] if len(down) == 1 else down.sum(0), "out": torch.empty_like(hidden)}
@@ -132,8 +132,9 @@ class Bank:
 
     def _own_schedule(self, one: Matrices, config: Config, index: Tensor) -> Tables:
         tokens, top_k = index.shape
-        dispatch = Dispatch(self.experts, top_k, tokens, (classes_of(one.gemm, config)[0],))
-        return make_tables(dispatch, torch.empty(0), index)
+        tables = allocate(Dispatch(self.experts, top_k, tokens, (classes_of(one.gemm, config)[0],)), index.device)
+        build(tables, index)
+        return tables
 
     def _down(self, act: Tensor, tables: Tables, config: Config) -> Tensor:
         gemm = self.down.gemm
@@ -152,6 +153,11 @@ class TritonExecutable:
     block: str
     hidden: int
     banks: Mapping[str, Bank]
+    held: int = field(init=False)
+    """The number under which a graph calls this executable."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "held", hold(self))
 
     def packed(self, name: str, expert: int) -> Packed:
         """See `mxmoe.target.Executable`."""
@@ -168,6 +174,10 @@ class TritonExecutable:
                 if name in names and one.bias is not None:
                     return one.bias[names.index(name)]
         raise KeyError(name)
+
+    def op(self, bank: str, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Run one bank as a single node of a traced graph."""
+        return torch.ops.mxmoe.run_bank(self.held, bank, hidden, top_k_index, top_k_weights)
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,14 @@ from mxmoe.backends.triton.dispatch import Dispatch, Tables
 from mxmoe.backends.triton.layout import Arena
 from mxmoe.backends.triton.mode import interpreting, programs_at_once
 from mxmoe.backends.triton.rows import RowKind
-from mxmoe.backends.triton.schedule import allocate, build
+from mxmoe.backends.triton.schedule import (
+    FEW_ASSIGNMENTS,
+    MANY_ROWS,
+    allocate,
+    build,
+    few_arguments,
+    few_programs,
+)
 from mxmoe.backends.triton.tiles import Config, Gemm, classes_of
 from mxmoe.quant import apply_act, rotate
 from mxmoe.quant import hadamard as hadamard_matrix
@@ -53,29 +60,68 @@ class Rows:
     scales: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True)
+class _Room:
+    """Where rows of the kinds that must be made will lie, and the rest of what their kernel is given."""
+
+    kinds: tuple[RowKind, ...]
+    codes: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, x: Tensor, kinds: tuple[RowKind, ...], turn: int) -> _Room:
+        """Make room for the kinds that rows [rows, k] are not of already."""
+        rows, k = x.shape
+        todo = [kind for kind in kinds if turn or kind.format not in ("bf16", "fp16") or kind.dtype != x.dtype]
+        widths = [-(-k // kind.group) if kind.group else 1 for kind in todo]
+        return cls(
+            tuple(todo),
+            tuple(torch.empty((rows, k), dtype=kind.dtype, device=x.device) for kind in todo),
+            tuple(torch.empty((rows, width), dtype=torch.float32, device=x.device) for width in widths),
+        )
+
+    def rows(self, x: Tensor, kinds: tuple[RowKind, ...]) -> Rows:
+        """Give every kind its rows; those that were there already are `x`."""
+        none = torch.empty(0, dtype=torch.float32, device=x.device)
+        codes, scales = dict(zip(self.kinds, self.codes, strict=True)), dict(zip(self.kinds, self.scales, strict=True))
+        return Rows(tuple(codes.get(kind, x) for kind in kinds), tuple(scales.get(kind, none) for kind in kinds))
+
+    @property
+    def specs(self) -> tuple[tuple[int, float, int], ...]:
+        """What the kernel is compiled for."""
+        return tuple(kind.spec for kind in self.kinds)
+
+
 def make_rows(x: Tensor, kinds: tuple[RowKind, ...], turn: int = 0) -> Rows:
     """
     Bring rows [rows, k] into every kind; turned by blocks of `turn` channels first, if it is not 0.
 
     Rows that are already of a kind are used as they are.
     """
-    rows, k = x.shape
     if turn and turn & (turn - 1):  # no power of two: the kernel has no such matrix
         x, turn = rotate(x.float(), turn).to(x.dtype), 0
-    todo = [kind for kind in kinds if turn or kind.format not in ("bf16", "fp16") or kind.dtype != x.dtype]
-    codes = {kind: torch.empty((rows, k), dtype=kind.dtype, device=x.device) for kind in todo}
-    scales = {
-        kind: torch.empty((rows, -(-k // kind.group) if kind.group else 1), dtype=torch.float32, device=x.device)
-        for kind in todo
-    }
-    if todo and rows:
-        block = max(triton.next_power_of_2(k), 16 * turn)
-        prepare.prepare_rows[(rows,)](
-            x, tuple(codes.values()), tuple(scales.values()), hadamard(turn, x.dtype, x.device) if turn else x,
-            k, block, tuple(kind.spec for kind in todo), turn, not interpreting(), num_warps=8 if block > 4096 else 4,
+    room = _Room.of(x, kinds, turn)
+    if room.kinds and len(x):
+        block = max(triton.next_power_of_2(x.shape[1]), 16 * turn)
+        prepare.prepare_rows[(len(x),)](
+            x, room.codes, room.scales, hadamard(turn, x.dtype, x.device) if turn else x,
+            x.shape[1], block, room.specs, turn, not interpreting(), num_warps=8 if block > 4096 else 4,
         )  # fmt: skip
-    none = torch.empty(0, dtype=torch.float32, device=x.device)
-    return Rows(tuple(codes.get(kind, x) for kind in kinds), tuple(scales.get(kind, none) for kind in kinds))
+    return room.rows(x, kinds)
+
+
+def begin(tables: Tables, index: Tensor, x: Tensor, kinds: tuple[RowKind, ...]) -> Rows:
+    """Fill the tables from a routing and bring the tokens into every kind: in one launch where rows are few."""
+    room = _Room.of(x, kinds, 0)
+    if tables.scratch.numel() or not room.kinds or not len(x):
+        build(tables, index)
+        return make_rows(x, kinds)
+    first, k = few_programs(tables.dispatch), x.shape[1]
+    prepare.begin[(first + len(x),)](
+        *few_arguments(tables, index), first, x, room.codes, room.scales,
+        k, triton.next_power_of_2(k), room.specs, not interpreting(), num_warps=8,
+    )  # fmt: skip
+    return room.rows(x, kinds)
 
 
 @lru_cache(maxsize=64)
@@ -151,16 +197,11 @@ def act_in_torch(kind: str, params: Mapping[str, float], gate: Tensor | None, up
     return apply_act(kind, gate, up, params)
 
 
-def make_tables(dispatch: Dispatch, constants: Tensor, index: Tensor) -> Tables:
-    """Fill fresh tables for a routing; a captured graph keeps their memory."""
-    if not constants.numel():
-        tables = allocate(dispatch, index.device)
-    else:
-        blocks = -(-dispatch.assignments // 512)
-        words = torch.empty(dispatch.words, dtype=torch.int32, device=index.device)
-        scratch = torch.empty(blocks * dispatch.expert_width, dtype=torch.int32, device=index.device)
-        tables = Tables(dispatch, words, constants, scratch)
-    build(tables, index)
-    return tables
-
-
+def room_for_tables(dispatch: Dispatch, constants: Tensor | None, device: torch.device) -> Tables:
+    """Make room for the tables of one call; a captured graph keeps its memory. `constants` of an earlier call."""
+    if constants is None:
+        return allocate(dispatch, device)
+    blocks = 0 if dispatch.assignments <= FEW_ASSIGNMENTS else -(-dispatch.assignments // MANY_ROWS)
+    words = torch.empty(dispatch.words, dtype=torch.int32, device=device)
+    scratch = torch.empty(blocks * dispatch.expert_width, dtype=torch.int32, device=device)
+    return Tables(dispatch, words, constants, scratch)

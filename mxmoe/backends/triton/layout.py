@@ -195,14 +195,9 @@ class Arena:
         payload, scale, zero = self.starts[matrix * len(self.schemes) + lane]
         codes = self.data[payload : payload + payload_bytes(scheme, self.n, self.k)]
         held = meta_bytes(scheme, self.n, self.k)
-        metas = [unpack_meta(self.data[at : at + held].clone(), scheme, self.n, self.k) for at in (scale, zero) if held]
-        has_zero = not scheme.symmetric
-        return Quantized(
-            scheme,
-            unpack_payload(codes.clone(), scheme, self.n, self.k),
-            metas[0] if metas else None,
-            metas[1] if has_zero else None,
-        )
+        starts = (scale,) if scheme.symmetric else (scale, zero)
+        metas = [unpack_meta(self.data[at : at + held].clone(), scheme, self.n, self.k) for at in starts if held]
+        return Quantized(scheme, unpack_payload(codes.clone(), scheme, self.n, self.k), *metas)
 
 
 def allocate_arena(n: int, k: int, schemes: Sequence[Scheme], matrices: int, device: torch.device | str) -> Arena:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from mxmoe.backends.triton.decode import cast
+from mxmoe.backends.triton.schedule import schedule_part
 
 CAST, INTEGER, E4M3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -103,3 +104,23 @@ def prepare_rows(
 ) -> Any:  # fmt: skip
     """One program a row; see `prepare_row`."""
     prepare_row(tl.program_id(0), x_ptr, codes, scales, hadamard_ptr, K, BLOCK, KINDS, TURN, PTX)
+
+
+@triton.jit
+def begin(
+    index_ptr: tl.tensor, words_ptr: tl.tensor, constants_ptr: tl.tensor, rows: tl.tensor, tokens: tl.tensor, row_stride: tl.tensor,
+    bands0: tl.tensor, bands1: tl.tensor,
+    E: tl.constexpr, ALWAYS: tl.constexpr, EP: tl.constexpr, CP: tl.constexpr, HEAD: tl.constexpr, SETS: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
+    first: tl.tensor, x_ptr: tl.tensor, codes: tl.tensor, scales: tl.tensor,
+    K: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, PTX: tl.constexpr,
+) -> None:  # fmt: skip
+    """Schedule few rows and prepare the tokens in one launch: the first programs do the one, the others the other."""
+    program = tl.program_id(0)
+    if program < first:
+        schedule_part(
+            program, index_ptr, words_ptr, constants_ptr, rows, tokens, row_stride, bands0, bands1,
+            E, ALWAYS, EP, CP, HEAD, SETS, ROWS, CHUNK, COUNT,
+        )  # fmt: skip
+    else:
+        prepare_row(program - first, x_ptr, codes, scales, x_ptr, K, BLOCK, KINDS, 0, PTX)
