@@ -155,6 +155,19 @@ def largest_of(banks: Sequence[SeenBank]) -> int:
     return max((bank.numel(role) for bank in banks for role in bank.roles), default=1)
 
 
+def with_shared(banks: Sequence[SeenBank], routed: Mapping[str, Floats]) -> list[Floats]:
+    """
+    Complete scores of routed experts, block -> [expert], for methods whose sources leave shared experts out.
+
+    A shared expert, which every token takes, scores as the highest of its block, or 1 where there is none.
+    """
+    highest = {block: scores.max() for block, scores in routed.items()}
+    return [
+        routed[bank.block] if bank.name == "routed" else np.full(bank.experts, highest.get(bank.block, 1.0))
+        for bank in banks
+    ]
+
+
 def check_word(method: Sensitivity, option: str, words: Sequence[str]) -> None:
     """
     Check an option that takes one of some words.

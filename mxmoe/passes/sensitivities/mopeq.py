@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mxmoe.passes.sensitivities.base import ByScore, Floats, SeenBank, by_block, check_word
+from mxmoe.passes.sensitivities.base import ByScore, Floats, SeenBank, check_word, with_shared
 
 _ROUNDS = 100
 
@@ -20,7 +20,7 @@ class Mopeq(ByScore):
 
     MoPEQ (arXiv 2509.02512) samples the trace of the Hessian (`form=hutchinson`, needs the fact `trace`); its
     expectation is (N - 1) / (N ||W||_F) for N elements, and `form=closed` takes that. `scope=layer` divides by the sum
-    over the block.
+    over the block. Shared experts, which the paper does not allocate, score as the highest of their block.
 
     The method's own form (`clusters=true`) has no budget: one-dimensional k-means over the scores of the routed
     experts, all or block by block, as many clusters as there are widths, the lowest scores to the narrowest. Each
@@ -47,12 +47,14 @@ class Mopeq(ByScore):
 
     def scores(self, banks: Sequence[SeenBank]) -> Sequence[Floats]:
         """Add up the matrices of each expert."""
-        raw = {(bank.block, bank.name): sum((self._trace(bank, r) for r in bank.roles), np.zeros(1)) for bank in banks}
-        totals = {
-            block: sum(float(raw[block, bank.name].sum()) for bank in held) for block, held in by_block(banks).items()
+        routed = {
+            bank.block: np.sum([self._trace(bank, role) for role in bank.roles], axis=0)
+            for bank in banks
+            if bank.name == "routed"
         }
-        unit = totals if self.scope == "layer" else dict.fromkeys(totals, 1.0)
-        return [raw[bank.block, bank.name] / unit[bank.block] for bank in banks]
+        if self.scope == "layer":
+            routed = {block: score / (score.sum() or 1.0) for block, score in routed.items()}
+        return with_shared(banks, routed)
 
     def _trace(self, bank: SeenBank, role: str) -> Floats:
         """Mean curvature; 0 of a matrix of zeros, which every scheme holds exactly."""

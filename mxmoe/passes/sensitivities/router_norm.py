@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mxmoe.errors import BadOption
-from mxmoe.passes.sensitivities.base import ByScore, Floats, SeenBank
+from mxmoe.passes.sensitivities.base import ByScore, Floats, SeenBank, with_shared
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class RouterNorm(ByScore):
 
     def scores(self, banks: Sequence[SeenBank]) -> Sequence[Floats]:
         """Score bank by bank."""
-        return [self._score(bank) if bank.name == "routed" else np.ones(bank.experts) for bank in banks]
+        return with_shared(banks, {bank.block: self._score(bank) for bank in banks if bank.name == "routed"})
 
     def _score(self, bank: SeenBank) -> Floats:
         length = np.maximum(bank.fact("norm", "router"), np.finfo(np.float32).tiny)
