@@ -18,10 +18,11 @@ from moe_contender import check_block, sample, silu_mul
 from moe_workloads import Cell, relative_error
 from torch import Tensor
 
-from mxmoe.backends.triton.choose import choose_configs
+from mxmoe.backends.triton.choose_ada import config_for
 from mxmoe.backends.triton.dispatch import Dispatch
 from mxmoe.backends.triton.executable import Bank
-from mxmoe.backends.triton.launch import Epilogue, Matrices, make_rows, make_tables, run_gemm
+from mxmoe.backends.triton.launch import Epilogue, Matrices, make_rows, run_gemm
+from mxmoe.backends.triton.schedule import allocate, build
 from mxmoe.backends.triton.layout import Arena, allocate_arena, meta_bytes, payload_bytes, unpack_meta, unpack_payload
 from mxmoe.backends.triton.tiles import Config, Gemm, classes_of
 from mxmoe.ir import Scheme
@@ -116,9 +117,10 @@ class Product:
         """Make schedule and rows; `x` is by token for gate_up, by token and slot for down."""
         del weights
         gemm, gather = self.matrices.gemm, self.cell.part == "gate_up"
-        config = choose_configs(gemm, self.cell.tokens, ids.shape[1], x.device)
+        config = config_for(gemm, self.cell.tokens, ids.shape[1], x.device)
         dispatch = Dispatch(len(gemm.schemes), ids.shape[1], len(ids), (classes_of(gemm, config)[0],))
-        tables = make_tables(dispatch, torch.empty(0), ids)
+        tables = allocate(dispatch, ids.device)
+        build(tables, ids)
         order = tables.table("row_of").long()
         inputs = x if gather else x[order]
         read = make_rows(inputs, gemm.row_kinds)
@@ -129,12 +131,12 @@ class Product:
 
         def launch() -> Tensor:
             run_gemm(self.matrices, config, read, tables, 0, out, epilogue, gather=gather)
-            return out[0] if parts == 1 else out.sum(0).to(x.dtype)
+            return out
 
         return Bound(launch, partial(self._check, launch, inputs, order, ids), say(config))
 
     def _check(self, launch: Callable[[], Tensor], inputs: Tensor, order: Tensor, ids: Tensor) -> float:
-        gemm, found = self.matrices.gemm, launch()
+        gemm, found = self.matrices.gemm, launch().sum(0)
         valid = int((ids < len(gemm.schemes)).sum())
         picked = torch.from_numpy(sample(valid, 32)).to(found.device) if valid else order[:0]
         flat = order[picked]
