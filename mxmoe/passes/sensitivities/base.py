@@ -119,7 +119,8 @@ class ByScore(Sensitivity):
 
     The loss is score x size x `distortion`: the score says how much an expert matters for each of its weights, size is
     the linear's part of the largest one, and the distortion is how much a scheme loses on average over the model. With
-    equal scores the best plan is the uniform one, wherever the budget is what a scheme costs.
+    equal scores the best plan is the uniform one, where the budget is what a scheme costs and no mix of a narrower and
+    a wider one distorts less for the same bits.
     """
 
     @abstractmethod

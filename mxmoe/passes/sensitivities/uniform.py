@@ -15,8 +15,9 @@ class Uniform(ByScore):
     """
     All experts score 1: a control that knows nothing of them.
 
-    Where the budget is what a scheme costs, the plan is that scheme for all. Between two schemes the bits left over go
-    to arbitrary rows; with `allocate-bits{granularity=model}` they stay unused, and the plan is always uniform.
+    Where the budget is what a scheme costs, and no mix of a narrower and a wider one distorts less for the same bits,
+    the plan is that scheme for all; elsewhere which rows get which of two schemes is arbitrary. With
+    `allocate-bits{granularity=model}` the plan is always uniform, and may leave bits unused.
     """
 
     name = "uniform"
