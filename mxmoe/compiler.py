@@ -114,8 +114,8 @@ def compile(
     lifted = lift(block, candidates=candidates)
     kept, clock = KeepStages(), TimePasses()
     n_rotations = sum(isinstance(step, RotateDown) for step in steps)
-    # what is observed is the rotated module
-    run_passes(lifted.module, steps[:n_rotations], Environment(None, goal, wanted), (kept, clock, *watching))
+    if n_rotations:  # what is observed is the rotated module
+        run_passes(lifted.module, steps[:n_rotations], Environment(None, goal, wanted), (kept, clock, *watching))
     _refuse_hopeless(lifted.module, steps, wanted)
     inputs = rereadable(inputs) if needs_hessian(quantizer) else inputs  # Hessians take a second look
     stats = _statistics(lifted, inputs, candidates, quantizer, steps, has_plan=wanted is not None, quiet=quiet)

@@ -147,7 +147,7 @@ class Weights(Mapping[str, Tensor]):
         found: dict[int, Quantized] = {}
         for scheme in dict.fromkeys(schemes):
             experts = [expert for expert, own in enumerate(schemes) if own == scheme]
-            part = self._turned(name, stack[experts])
+            part = self._turned(name, stack if len(experts) == len(stack) else stack[experts])
             try:
                 quantized = self._quantizer(part, scheme, name=name, hessian=self._hessian(name, experts, stacked=True))
             except (NonFiniteWeights, WeightsBeyondFormat):
