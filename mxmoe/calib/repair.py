@@ -6,14 +6,14 @@ import copy
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mxmoe.calib.inputs import Feed, Inputs
+from mxmoe.calib.inputs import Feed, Inputs, device_of
 from mxmoe.calib.like import BlockLike, LiftedLike
 from mxmoe.calib.observer import evaluating
 from mxmoe.calib.router import Router, find_router
@@ -97,23 +97,24 @@ def repair_routers(
     given = _Pass(model, lifted, [(place.router, place.bank) for place in places])
     with torch.no_grad():
         seen = wanted.run(inputs, quiet=quiet)
-        targets = [_logits(place.reference, one.rows()) for place, one in zip(places, seen, strict=True)]
-        chosen = [_chosen(place, one, logits) for place, one, logits in zip(places, seen, targets, strict=True)]
+        targets = [torch.cat(one.logits) for one in seen]
+        chosen = [one.chosen(place.top_k) for place, one in zip(places, seen, strict=True)]
         first = given.run(inputs, quiet=quiet)
-        before = [_chosen(place, one, None) for place, one in zip(places, first, strict=True)]
+        before = [one.chosen(place.top_k) for place, one in zip(places, first, strict=True)]
         changed: list[bool] = []
         bar = tqdm(list(enumerate(places)), desc="repairing routers", disable=quiet, unit="block")
         for index, place in bar:
             bar.set_postfix_str(place.name)
-            rows = given.run(inputs, only=index, quiet=True)[0].rows() if index else first[0].rows()
+            rows = torch.cat(given.run(inputs, only=index, quiet=True)[0].hidden).float()
             count = min(top or 2 * place.top_k, targets[index].shape[1])
             changed.append(_refit(place, rows, targets[index], count, rest, ridge))
+        given.places = [(place.router, place.bank) for place in places]
         last = given.run(inputs, quiet=quiet)
     return RouterRepair(
         {
             place.name: Agreement(
                 _agreement(chosen[i], before[i]),
-                _agreement(chosen[i], _chosen(place, last[i], None)),
+                _agreement(chosen[i], last[i].chosen(place.top_k)),
                 changed[i],
             )
             for i, place in enumerate(places)
@@ -181,12 +182,15 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
 class _Seen:
     """What went by one router in one pass."""
 
-    hidden: list[Tensor]
-    index: list[Tensor]
+    hidden: list[Tensor] = field(default_factory=list[Tensor])
+    """[tokens, hidden] of each call, where they are asked for."""
+    logits: list[Tensor] = field(default_factory=list[Tensor])
+    """[tokens, experts] of each call, elsewhere."""
+    index: list[Tensor] = field(default_factory=list[Tensor])
 
-    def rows(self) -> Tensor:
-        """[tokens, hidden] float32."""
-        return torch.cat(self.hidden).float()
+    def chosen(self, top_k: int) -> Tensor:
+        """[tokens, k]: the experts that the block took; of a list of experts, which is not told, the highest logits."""
+        return torch.cat(self.index) if self.index else torch.cat(self.logits).topk(top_k, dim=-1).indices
 
 
 class _Pass:
@@ -196,24 +200,31 @@ class _Pass:
         self.lifted, self.places = lifted, places
         self.feed = copy.copy(Feed(lifted))
         self.feed.root = root
+        self.feed.device = device_of(root)
 
     def run(self, inputs: Inputs, *, only: int | None = None, quiet: bool) -> list[_Seen]:
-        """Run all data; record at every router, or at one."""
+        """Run all data; record logits and choices at every router, or the tokens at one."""
         places = [self.places[only]] if only is not None else list(self.places)
-        seen = [_Seen([], []) for _ in places]
+        seen = [_Seen() for _ in places]
         batches, count = self.feed.batches(inputs)
-        with evaluating(self.feed.root), _recording(places, seen):
+        with evaluating(self.feed.root), _recording(places, seen, keeps_tokens=only is not None):
             for batch in tqdm(batches, desc="running", total=count, disable=quiet, unit="batch"):
                 self.feed.run(batch)
         return seen
 
 
 @contextmanager
-def _recording(places: Sequence[tuple[Router, nn.Module | None]], seen: Sequence[_Seen]) -> Generator[None]:
-    def at_router(one: _Seen) -> Callable[..., None]:
+def _recording(
+    places: Sequence[tuple[Router, nn.Module | None]], seen: Sequence[_Seen], *, keeps_tokens: bool
+) -> Generator[None]:
+    def at_router(router: Router, one: _Seen) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             hidden: Tensor = args[0] if args else next(iter(named.values()))
-            one.hidden.append(hidden.detach().reshape(-1, hidden.shape[-1]).clone())
+            rows = hidden.detach().reshape(-1, hidden.shape[-1])
+            if keeps_tokens:
+                one.hidden.append(rows.clone())
+            else:
+                one.logits.append(_logits(router, rows.float()))
 
         return record
 
@@ -227,7 +238,7 @@ def _recording(places: Sequence[tuple[Router, nn.Module | None]], seen: Sequence
 
     with ExitStack() as stack:
         for (router, bank), one in zip(places, seen, strict=True):
-            stack.callback(router.module.register_forward_pre_hook(at_router(one), with_kwargs=True).remove)
+            stack.callback(router.module.register_forward_pre_hook(at_router(router, one), with_kwargs=True).remove)
             if bank is not None:
                 stack.callback(bank.register_forward_pre_hook(at_bank(one), with_kwargs=True).remove)
         yield
@@ -239,19 +250,13 @@ def _logits(router: Router, rows: Tensor, weight: Tensor | None = None) -> Tenso
     return logits if router.bias is None else logits + router.bias.float()
 
 
-def _chosen(place: _Place, seen: _Seen, logits: Tensor | None) -> Tensor:
-    """[tokens, k]: the experts that the block took; of a list of experts, which is not told, those of highest logit."""
-    if seen.index:
-        return torch.cat(seen.index)
-    return (_logits(place.router, seen.rows()) if logits is None else logits).topk(place.top_k, dim=-1).indices
-
-
 def _agreement(one: Tensor, other: Tensor) -> float:
-    return float((one[:, :, None] == other[:, None, :]).any(dim=-1).float().mean())
+    return float((one[:, :, None] == other.to(one.device)[:, None, :]).any(dim=-1).float().mean())
 
 
 def _refit(place: _Place, rows: Tensor, target: Tensor, top: int, rest: float, ridge: float) -> bool:
     """Fit a router's rows, and keep them if they choose better where they were not fitted."""
+    target = target.to(rows.device)
     held = torch.arange(len(rows), device=rows.device) % _HELD_OUT == _HELD_OUT - 1
     # too few tokens to hold any out: the fit judges itself
     fitted, judges = (~held, held) if bool(held.any()) else (~held, ~held)
