@@ -22,17 +22,25 @@ REGIMES = (16, 32, 96)
 HEIGHTS = ((16,), (16, 32), (16, 32, 64), (32, 64, 128))
 WIDTH = 64
 """Output channels, of each matrix: two with a gate leave no registers for more."""
+REGISTERS = 255
+"""
+Most registers of a thread, where a launch asks for them all.
+
+Left to itself the assembler gives 128, for two programs of eight warps, and spills a few; asked for more than it needs
+it takes them too, so that only launches which would spill ask.
+"""
 RESIDENT_WARPS = 8
 """Warps of a multiprocessor that are at work at once, at least: two for each of its partitions to take turns."""
-REGISTERS = 255
-"""Asked for, because the assembler spills a few to fit two programs of eight warps where it may choose."""
 
 
 def config_for(gemm: Gemm, tokens: int, top_k: int, device: torch.device) -> Config:
     """Choose the tiles of a GEMM for a call of `tokens` tokens on a device, by the rule for its kind."""
-    if arch_of(device) < 90:
-        return ada_config(gemm, mean_rows(gemm, tokens, top_k))
-    return by_rule(gemm, tokens, top_k)
+    return config_for_arch(gemm, tokens, top_k, arch_of(device))
+
+
+def config_for_arch(gemm: Gemm, tokens: int, top_k: int, arch: int) -> Config:
+    """Choose as `config_for` does, by the compute capability times ten."""
+    return ada_config(gemm, mean_rows(gemm, tokens, top_k)) if arch < 90 else by_rule(gemm, tokens, top_k)
 
 
 @lru_cache(maxsize=16)
@@ -59,20 +67,28 @@ def ada_config(gemm: Gemm, rows: float) -> Config:
     longest = max(_unit(scheme) for scheme in gemm.distinct)
     warps = 4 if regime < 2 and longest <= 256 else 8
     shapes = tuple((str(scheme), _shape(scheme, gemm, regime)) for scheme in gemm.distinct)
-    return Config(warps, shapes, registers=REGISTERS)
+    wants_all = longest > 128 or (regime > 2 and any(map(_has_partial_sums, gemm.distinct)))
+    return Config(warps, shapes, registers=REGISTERS if wants_all else None)
 
 
 def _shape(scheme: Scheme, gemm: Gemm, regime: int) -> Shape:
     """
     Tiles of one scheme.
 
-    2 and 3-bit weights go by 256 and 512 channels, whose rows fill the memory and whose codes the registers; integers
-    in groups have two sums for each output, and twice as many with a gate: neither holds 128 rows.
+    2 and 3-bit weights go by 256 and 512 channels, whose rows fill the memory and whose codes the registers; quantized
+    activations in groups have two sums for each output, and twice as many with a gate; small groups have many scales:
+    none of these holds 128 rows.
     """
     unit = _unit(scheme)
-    has_two_sums = scheme.act_format == "int" and scheme.group_size is not None and gemm.gated
-    heights = HEIGHTS[min(regime, 2) if unit > 128 or has_two_sums else regime]
+    has_many_scales = scheme.group_size is not None and scheme.group_size < 128
+    is_low = unit > 128 or has_many_scales or (gemm.gated and _has_partial_sums(scheme))
+    heights = HEIGHTS[min(regime, 2) if is_low else regime]
     return Shape(heights, WIDTH, 64 if scheme.act_bits == 16 else 128, 2 if unit > 256 else 3)
+
+
+def _has_partial_sums(scheme: Scheme) -> bool:
+    """Whether a group's sum is scaled before it is added: a second sum for every output."""
+    return scheme.act_bits < 16 and scheme.group_size is not None
 
 
 def _unit(scheme: Scheme) -> int:
