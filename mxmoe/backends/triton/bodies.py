@@ -274,7 +274,7 @@ def wide(
     CHANNELS: tl.constexpr = 512 if BITS == 3 else 512 // BITS
     BYTES: tl.constexpr = (3 if BITS == 3 else 1) * ROWS * PART
     UNITS: tl.constexpr = (K + CHANNELS - 1) // CHANNELS
-    GROUPS: tl.constexpr = 1 if GROUP == 0 else UNITS * CHANNELS // GROUP
+    GROUPS: tl.constexpr = 1 if GROUP == 0 else (UNITS * CHANNELS + GROUP - 1) // GROUP
     block, row, side = _block(first, N, BN, GATED)
     at_w = weight + (block.to(tl.int64) * (UNITS * BYTES) + row * PART)[:, None] + tl.arange(0, PART)[None, :]
     at_s = scale + block * (GROUPS * ROWS) + row

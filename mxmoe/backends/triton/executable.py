@@ -67,6 +67,11 @@ class Bank:
         held = sum(one.arena.data.nbytes for one in self.gemms)
         return held + sum(0 if one.bias is None else one.bias.nbytes for one in self.gemms)
 
+    def between(self, hidden: torch.dtype) -> torch.dtype:
+        """Type in which down's input waits: the tokens', or float32 where that is coarser than what down multiplies."""
+        is_finer = any(kind.format == "fp16" for kind in self.down.gemm.row_kinds)
+        return torch.float32 if is_finer and hidden == torch.bfloat16 else hidden
+
     @property
     def is_apart(self) -> bool:
         """Whether every matrix has a launch of its own."""
@@ -105,7 +110,7 @@ class Bank:
         made: dict[str, Tensor] = {}
         if self.is_fused:
             kinds = self.entries[0].gemm.row_kinds
-            act = hidden.new_empty((1, rows, self.entries[0].gemm.n))
+            act = hidden.new_empty((1, rows, self.entries[0].gemm.n), dtype=self.between(hidden.dtype))
             epilogue = Epilogue(self.act, tuple(self.act_params.values()))
             read = begin(tables, index, hidden, kinds)
             run_gemm(self.entries[0], configs[0], read, tables, 0, act, epilogue, gather=True)
@@ -127,7 +132,7 @@ class Bank:
             run_gemm(one, config, make_rows(hidden, one.gemm.row_kinds), mine, 0, y, Epilogue(), gather=True)
             sums.append(y[0])
         gate, up = (sums[0], sums[1]) if len(sums) == 2 else (None, sums[0])
-        act = act_in_torch(self.act, self.act_params, gate, up).to(hidden.dtype)
+        act = act_in_torch(self.act, self.act_params, gate, up).to(self.between(hidden.dtype))
         return {**({} if gate is None else {"gate": gate}), "up": up, "act": act}
 
     def _own_schedule(self, one: Matrices, config: Config, index: Tensor) -> Tables:

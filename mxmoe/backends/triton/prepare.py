@@ -58,8 +58,8 @@ def prepare_row(
         k = tl.arange(0, BLOCK // TURN)[:, None] * TURN + tl.arange(0, TURN)[None, :]
         x = tl.load(x_ptr + at + k, mask=k < K, other=0.0)
         h = tl.load(hadamard_ptr + tl.arange(0, TURN)[:, None] * TURN + tl.arange(0, TURN)[None, :])
-        if x.dtype == tl.float32:
-            x = tl.dot(x, h.to(tl.float32), input_precision="ieee")
+        if x.dtype == tl.float32 or not PTX:  # the interpreter multiplies 16-bit floats only as float32
+            x = tl.dot(x.to(tl.float32), h.to(tl.float32), input_precision="ieee")
         else:
             x = tl.dot(x, h.to(x.dtype))
         x = x * TURN**-0.5
