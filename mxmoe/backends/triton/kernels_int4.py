@@ -252,7 +252,8 @@ def _store(
     gl.store(to, y, mask=(row < n_rows) & (channel < n))
 
 
-@gluon.jit
+# numbers that are 1 would become constants of a binary of their own, and one binary serves every call
+@gluon.jit(do_not_specialize=("steps", "top_k", "tokens"))
 def int4_kernel(
     x_ptr: gl.tensor, x_scale_ptr: gl.tensor, w_ptr: gl.tensor, w_scale_ptr: gl.tensor, bias_ptr: gl.tensor,
     out_ptr: gl.tensor, row_of_ptr: gl.tensor, slot_ptr: gl.tensor, class_band_ptr: gl.tensor,
