@@ -116,13 +116,13 @@ def int4_group_gemm(
         *(x, x_scale, weights.words, weights.scale, weights.scale if bias is None else bias, out),
         *(bands.row_of, bands.slot, bands.class_band, bands.band_expert, bands.band_row, bands.band_rows),
         *(weights.n, weights.steps, bands.top_k, bands.tokens),
-        **launch_constants(weights, bands.classes, options, has_bias=bias is not None),
+        **launch_constants(weights.scheme.group_size is not None, bands.classes, options, bias is not None),
         num_warps=launch_warps(bands.classes),
     )
 
 
 def launch_constants(
-    weights: PackedInt4, classes: Sequence[tuple[int, int]], options: Int4Options, *, has_bias: bool = False
+    is_grouped: bool, classes: Sequence[tuple[int, int]], options: Int4Options, has_bias: bool
 ) -> dict[str, Any]:
     """Give the compile-time arguments of the kernel for a launch."""
     return {
@@ -130,7 +130,7 @@ def launch_constants(
         "WIDTH": WIDTH,
         "STAGES": STAGES,
         "DEPTH": DEPTH,
-        "GROUPED": weights.scheme.group_size is not None,
+        "GROUPED": is_grouped,
         "GATHER": options.gather,
         "GATED": options.act is not None,
         "HAS_BIAS": has_bias,

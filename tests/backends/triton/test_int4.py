@@ -27,7 +27,8 @@ pytest.importorskip("triton")
 from triton import knobs
 
 from mxmoe.backends.triton import int4, kernels_int4
-from mxmoe.backends.triton.ahead import Request, compile_all
+from mxmoe.backends.triton.ahead import compile_all
+from mxmoe.backends.triton.binaries import int4_request
 from mxmoe.backends.triton.cubin import LARGEST_PROGRAM_BYTES, occupancy
 from mxmoe.backends.triton.dispatch import Dispatch, TileClass, Tiling
 from mxmoe.backends.triton.int4 import PLAIN, Int4Bands, Int4Options, int4_group_gemm, int4_group_gemm_torch
@@ -54,6 +55,7 @@ from mxmoe.quant import Quantized, matmul, quantize, quantize_activation
 
 GROUPED, CHANNEL = Scheme.parse("w4a4_g128_sym"), Scheme.parse("w4a4_sym")
 BOTH = pytest.mark.parametrize("scheme", [GROUPED, CHANNEL], ids=str)
+ON_ADA: dict[str, Any] = {"arch": 89, "gather": True}
 EVERY = settings(max_examples=30, deadline=None)
 
 
@@ -224,7 +226,8 @@ def run_in_torch(
     """`int4_group_gemm`, program after program."""
     views = (bands.row_of, bands.slot, bands.class_band, bands.band_expert, bands.band_row, bands.band_rows)
     tensors = (x, x_scale, weights.words, weights.scale, weights.scale if bias is None else bias, out, *views)
-    constants = int4.launch_constants(weights, bands.classes, options, has_bias=bias is not None)
+    is_grouped = weights.scheme.group_size is not None
+    constants = int4.launch_constants(is_grouped, bands.classes, options, bias is not None)
     for program in range(programs):
         kernel = torch_gluon(program, programs, int4.launch_warps(bands.classes))["int4_kernel"]
         kernel(*map(Pointer, tensors), weights.n, weights.steps, bands.top_k, bands.tokens, **constants)
@@ -427,29 +430,13 @@ def test_what_cannot_be_launched() -> None:
         int4_group_gemm(x, x_scale, packed, low, out, **named)
 
 
-def request(heights: Sequence[int], scheme: Scheme, *, act: bool, arch: int = 89) -> Request:
-    positional, named = scenario(
-        scheme, n=128, k=256, counts=(0, 1, 0, 1), heights=heights, gather=True, act=act, bias=True
-    )
-    kinds = {torch.int32: "*i32", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-    x, x_scale, packed, bands, _ = positional
-    tensors = {"x_ptr": x, "x_scale_ptr": x_scale, "w_ptr": packed.words, "w_scale_ptr": packed.scale}
-    pointers = {name: kinds[tensor.dtype] for name, tensor in tensors.items()}
-    pointers |= {"bias_ptr": "*fp32", "out_ptr": "*bf16"}
-    names = ("row_of", "slot", "class_band", "band_expert", "band_row", "band_rows")
-    pointers |= {f"{name}_ptr": "*i32" for name in names}
-    constants = int4.launch_constants(packed, bands.classes, named["options"], has_bias=True)
-    numbers = dict.fromkeys(("n", "steps", "top_k", "tokens"), "i32")
-    signature = {**pointers, **numbers, **dict.fromkeys(constants, "constexpr")}
-    warps = int4.launch_warps(bands.classes)
-    return Request(kernels_int4.int4_kernel, signature, constants, arch, warps, 3, (*pointers, "n"))
-
-
 @BOTH
 @pytest.mark.parametrize(("heights", "resident"), [((64, 32, 16), 2), ((128, 64, 32, 16), 1), ((16,), 3)])
 def test_machine_code_of_ada(scheme: Scheme, heights: Sequence[int], resident: int) -> None:
     """Eight warps at work on a multiprocessor, native products, nothing spilled."""
-    for binary in compile_all([request(heights, scheme, act=act) for act in (False, True)]):
+    for binary in compile_all(
+        [int4_request(scheme, heights, **ON_ADA, is_gated=one, has_bias=one) for one in (False, True)]
+    ):
         facts = binary.facts()
         products = sum(int4.WIDTH // 16 * height // 8 * 2 // binary.num_warps for height in heights)
         assert facts.count("IMMA.16864.S4.S4") == products
@@ -460,7 +447,7 @@ def test_machine_code_of_ada(scheme: Scheme, heights: Sequence[int], resident: i
 
 
 def test_hopper_emulates_with_eight_bits() -> None:
-    facts = compile_all([request((16,), GROUPED, act=False, arch=90)])[0].facts()
+    facts = compile_all([int4_request(GROUPED, (16,), arch=90, gather=True, is_gated=False)])[0].facts()
     assert facts.arch == 90
     assert facts.count("IMMA.16864") == 0
     assert facts.count("IMMA.16832.S8.S8") > 0
