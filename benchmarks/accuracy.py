@@ -33,7 +33,7 @@ import torch
 from accuracy_bank import Layout
 from accuracy_page import write_page
 from accuracy_plans import SETTINGS, Allocator, Job, jobs
-from accuracy_subject import BEGAN, QUANTIZERS, TEXTS, AlphaFacts, Phases, Subject, say
+from accuracy_subject import BEGAN, TEXTS, AlphaFacts, Phases, Subject, say
 from common import RESULTS, circumstances
 from torch import Tensor, nn
 
@@ -118,7 +118,8 @@ class Study:
         smoke = self.options.smoke
         todo = jobs(range(self.options.seeds), self.settings, SMOKE_METHODS if smoke else ())
         if smoke:
-            todo = [job for job in todo if not job.method.startswith("random ")] + todo[-3:]
+            drawn = [job for job in todo if job.method.startswith("random ")]
+            todo = [job for job in todo if job not in drawn[2:]]
         done = {tuple(row[key] for key in ("model", "quantizer", "seed", "setting", "method")) for row in self.rows}
         self._floor()
         alpha = None if smoke else AlphaFacts(self.subject("study").layouts[False], self.options.workers)
@@ -220,7 +221,7 @@ class Study:
             "gpu": gpu,
             "arguments": {key: str(value) for key, value in vars(self.options).items()},
             "model": {key: trained[key] for key in known if key in trained},
-            "quantizers": QUANTIZERS,
+            "quantizers": {"rtn": "rtn", "gptq": f"{self.options.gptq} for weights alone, gptq else"},
             "texts": {name: len(ids) - 1 for name, ids in self.texts.items()},
             "plans": len(self.rows),
             "plans_left_out": self.left_out,
@@ -274,6 +275,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=16, help="windows at a time")
     parser.add_argument("--workers", type=int, default=8, help="threads for eigenvalues")
+    parser.add_argument("--gptq", default="gptq{scales=rtn_mse}", help="the quantizer of weight-only schemes")
     parser.add_argument("--experts", help="how transformers runs the experts that are observed, e.g. eager")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--resume", action="store_true", help="add to the rows that are there")
@@ -284,7 +286,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.folder = options.folder or FOLDER
     if options.smoke:
         options.device, options.seeds, options.seconds = "cpu", 1, max(options.seconds, 600.0)
-        options.tokens, options.calibration, options.window, options.batch = 512, 1024, 128, 4
+        options.tokens, options.calibration, options.window, options.batch = 256, 1024, 128, 4
+        options.gptq = "gptq"
     return options
 
 

@@ -25,11 +25,6 @@ from mxmoe.frontend import lift
 from mxmoe.passes import Environment, parse_passes, run_passes
 
 BEGAN = time.monotonic()
-QUANTIZERS = {
-    "rtn": {"a16": "rtn", "": "rtn"},
-    "gptq": {"a16": "gptq{scales=rtn_mse}", "": "gptq"},
-}
-"""Name in the table -> quantizer of weight-only schemes, and of the others."""
 ROTATE = 128
 TEXTS = {"held_out": "held", "out_of_domain": "ood"}
 """Name of a text -> beginning of its columns."""
@@ -138,7 +133,7 @@ class Subject:
                 made = fill_shelf(
                     layout,
                     self.schemes,
-                    QUANTIZERS[base],
+                    {"a16": study.options.gptq, "": "gptq"} if base == "gptq" else base,
                     hessians,
                     ROTATE if turned else None,
                     like[0] if like else None,
