@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,26 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def compile_point(point: Point) -> str:
+    """Compile the kernel of a point, in a process of its own; what went wrong, or nothing."""
+    import torch
+
+    from mxmoe.backends.triton.choose_ada import config_for
+    from mxmoe.backends.triton.measure import compile_launch
+    from mxmoe.backends.triton.tiles import Gemm
+    from mxmoe.ir import Scheme
+
+    model, gated = point.cell.model, point.cell.part == "gate_up"
+    n, k = (model.intermediate, model.hidden) if gated else (model.hidden, model.intermediate)
+    gemm = Gemm(n, k, tuple(Scheme.parse(name) for name in plan_of(point.plan, point.cell)[0]), gated)
+    config = config_for(gemm, point.cell.tokens, model.top_k, torch.device("cuda", 0))
+    try:
+        compile_launch(gemm, config, point.cell.tokens, model.top_k)
+    except Exception as error:  # measuring will say it again
+        return f"{point.key}: {error}"[:300]
+    return ""
+
+
 def measure(args: argparse.Namespace) -> None:
     """Time every point that the file lacks, each checked against float32."""
     from moe_contender import Unsupported
@@ -117,6 +139,10 @@ def measure(args: argparse.Namespace) -> None:
     clock: Callable[..., float] = wall_us if args.dry_run else graph_us
     start, seen = time.perf_counter(), {tuple(row[name] for name in FIELDS[:4]) for row in read(args.out)}
     left = [point for point in points(args.models, args.tokens) if point.key not in seen]
+    if args.compile_jobs:
+        with ProcessPoolExecutor(args.compile_jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for said in tqdm(pool.map(compile_point, left), total=len(left), unit="kernel", mininterval=5):
+                sys.stderr.write(f"{said}\n" if said else "")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     is_new = not args.out.exists()
     with args.out.open("a", newline="") as file:
@@ -194,6 +220,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "predict_plans.csv", help="measured times")
     parser.add_argument("--image", type=Path, default=IMAGE)
     parser.add_argument("--seconds", type=float, default=1e9, help="start no point after so long")
+    parser.add_argument("--compile-jobs", type=int, default=0, help="processes that compile kernels first")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args(argv)
     args.models = args.models or (["tiny"] if args.dry_run else [name for name in MODELS if name != "tiny"])

@@ -83,6 +83,7 @@ from mxmoe.errors.running import (
     MissingTinyModel,
     NeedsBlock,
     NoCheckpoint,
+    NoGpu,
     NoKernels,
     NonFiniteLogits,
     NoSuchBank,
@@ -95,6 +96,7 @@ from mxmoe.errors.running import (
     UnsupportedScheme,
     WrongCapability,
     WrongDevice,
+    WrongTiles,
 )
 from mxmoe.errors.transforming import (
     CannotPrune,
@@ -186,6 +188,7 @@ __all__ = [
     "MxmoeError",
     "NeedsBlock",
     "NoCheckpoint",
+    "NoGpu",
     "NoKernels",
     "NoModelFolder",
     "NoMoeBlock",
@@ -241,4 +244,5 @@ __all__ = [
     "WrongCapability",
     "WrongDevice",
     "WrongStage",
+    "WrongTiles",
 ]

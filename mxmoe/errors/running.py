@@ -101,6 +101,18 @@ class NoKernels(MxmoeError):
     )
 
 
+class NoGpu(MxmoeError):
+    """Something is to be measured where no CUDA device is."""
+
+    message = "{what} is measured on a GPU, and torch sees none here; go where `torch.cuda.is_available()` is True"
+
+
+class WrongTiles(MxmoeError):
+    """A launch whose result depends on how it is cut into tiles."""
+
+    message = "with the tiles {config} a launch of {scheme} differs from the rule's by {error}; leave them out"
+
+
 class HypothesisMissing(MxmoeError):
     """The strategies of mxmoe.testing are asked for where hypothesis is not installed."""
 

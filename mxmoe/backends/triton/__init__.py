@@ -1,23 +1,27 @@
 """
 The GPU backend: one grouped launch for experts of any mix of schemes, from a tile schedule built on the device.
 
-`layout` packs, `dispatch` and `schedule` say which program runs what, `bodies` multiply, `launch` strings them together.
-Nothing here imports Triton before `compile`: without a GPU it must be told to interpret first.
+`layout` packs, `dispatch` and `schedule` say which program runs what, `bodies` multiply, `launch` strings them together;
+`tune` and `profile` measure them. Nothing here imports Triton before `compile`: without a GPU it must be told to interpret first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from mxmoe.backends.triton.layout import body_of
 from mxmoe.backends.triton.mode import choose_mode, has_triton
-from mxmoe.errors import NoKernels, NotLowered, UnknownName, UnsupportedScheme, WrongCapability
+from mxmoe.errors import NoGpu, NoKernels, NotLowered, UnknownName, UnsupportedScheme, WrongCapability
 from mxmoe.ir import ModuleOp, MoeOp, Scheme, banks, moe_ops
 from mxmoe.registry import near_names
 from mxmoe.target import TARGETS, Executable, Target, WeightSource
+
+__all__ = ["HAS_INT4", "TritonBackend", "bench_tiles", "profile_launches"]
 
 HAS_INT4 = {
     "89": True,
@@ -65,7 +69,8 @@ class TritonBackend:
         if torch.cuda.is_available():
             major, minor = torch.cuda.get_device_capability()
             if 10 * major + minor < int(self.capability):
-                found, able = f"{major}.{minor}", ", ".join(name for name, one in TARGETS.items() if _runs(one, major, minor))
+                found = f"{major}.{minor}"
+                able = ", ".join(name for name, one in TARGETS.items() if _runs(one, major, minor))
                 raise WrongCapability(wanted=self.capability, found=found, runnable=able)
 
     def compile(self, module: ModuleOp, weights: WeightSource) -> Mapping[str, Executable]:
@@ -108,6 +113,40 @@ class TritonBackend:
                             backend=f"triton-sm{self.capability}", scheme=scheme, block=moe.block, expert=expert,
                             weight=gemm.weights[0], known=known,
                         )  # fmt: skip
+
+
+def bench_tiles(out: Path, measured: Path, **limits: Any) -> str:  # noqa: ANN401  # of several types
+    """
+    Measure tiles on the present GPU, and write the fastest to `out`; see `tune.tune`, which gets the `limits`.
+
+    Raises:
+        NoGpu: there is none.
+    """
+    _need_gpu("the search for tiles")
+    from mxmoe.backends.triton.tune import tune
+
+    found = tune(out, measured, **limits)
+    return f"{len(found.entries)} entries for {found.device}"
+
+
+def profile_launches(measured: Path, tuned: Path | None, **limits: Any) -> str:  # noqa: ANN401  # as above
+    """
+    Measure launches on the present GPU for a cost model; see `profile.measure`, which gets the `limits`.
+
+    A file of tiles, if given, is told whether its entries serve mixed launches.
+
+    Raises:
+        NoGpu: there is none.
+    """
+    _need_gpu("a profile")
+    from mxmoe.backends.triton.profile import measure
+
+    return measure(measured, tuned, **limits)
+
+
+def _need_gpu(what: str) -> None:
+    if not torch.cuda.is_available():
+        raise NoGpu(what=what)
 
 
 def _runs(target: Target, major: int, minor: int) -> bool:

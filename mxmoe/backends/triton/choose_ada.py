@@ -15,6 +15,7 @@ from triton import knobs
 from mxmoe.backends.triton.choose import by_rule, mean_rows
 from mxmoe.backends.triton.layout import body_of, unit_channels
 from mxmoe.backends.triton.tiles import Config, Gemm, Shape
+from mxmoe.backends.triton.tuned import tuned_config, tuned_for
 from mxmoe.ir import Scheme
 
 REGIMES = (16, 32, 96)
@@ -34,8 +35,9 @@ RESIDENT_WARPS = 8
 
 
 def config_for(gemm: Gemm, tokens: int, top_k: int, device: torch.device) -> Config:
-    """Choose the tiles of a GEMM for a call of `tokens` tokens on a device, by the rule for its kind."""
-    return config_for_arch(gemm, tokens, top_k, arch_of(device))
+    """Choose the tiles of a GEMM for a call of `tokens` tokens on a device: measured, or by the rule for its kind."""
+    rule, tuned = config_for_arch(gemm, tokens, top_k, arch_of(device)), tuned_for(device)
+    return rule if tuned is None else tuned_config(tuned, gemm, tokens, top_k, rule)
 
 
 def config_for_arch(gemm: Gemm, tokens: int, top_k: int, arch: int) -> Config:

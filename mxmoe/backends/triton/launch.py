@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -32,6 +32,12 @@ FUSED = frozenset(
     + ("swiglu_oai", "silu_clamped", "silu_capped", "swiglu_softcap")
 )
 """Nonlinearities that the kernel computes itself."""
+TURNS = (16, 32, 64, 128)
+"""Hadamard blocks that the kernel multiplies by: as short and as long as its matrix products get."""
+
+
+FUSED_TOKENS = 64
+"""Tokens up to which one launch begins a call; more want the registers that building a schedule takes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +104,14 @@ def make_rows(x: Tensor, kinds: tuple[RowKind, ...], turn: int = 0) -> Rows:
 
     Rows that are already of a kind are used as they are.
     """
-    if turn and turn & (turn - 1):  # no power of two: the kernel has no such matrix
-        x, turn = rotate(x.float(), turn).to(x.dtype), 0
+    if turn and turn not in TURNS:
+        x, turn = rotate(x, turn), 0
     room = _Room.of(x, kinds, turn)
     if room.kinds and len(x):
         block = max(triton.next_power_of_2(x.shape[1]), 16 * turn)
         prepare.prepare_rows[(len(x),)](
             x, room.codes, room.scales, hadamard(turn, x.dtype, x.device) if turn else x,
-            x.shape[1], block, room.specs, turn, not interpreting(), num_warps=8 if block > 4096 else 4,
+            x.shape[1], block, room.specs, turn, not interpreting(), num_warps=16 if block > 8192 else 8 if block > 2048 else 4,
         )  # fmt: skip
     return room.rows(x, kinds)
 
@@ -113,7 +119,7 @@ def make_rows(x: Tensor, kinds: tuple[RowKind, ...], turn: int = 0) -> Rows:
 def begin(tables: Tables, index: Tensor, x: Tensor, kinds: tuple[RowKind, ...]) -> Rows:
     """Fill the tables from a routing and bring the tokens into every kind: in one launch where rows are few."""
     room = _Room.of(x, kinds, 0)
-    if tables.scratch.numel() or not room.kinds or not len(x):
+    if tables.scratch.numel() or not room.kinds or not 0 < len(x) <= FUSED_TOKENS:
         build(tables, index)
         return make_rows(x, kinds)
     first, k = few_programs(tables.dispatch), x.shape[1]
@@ -146,7 +152,7 @@ class Epilogue:
 
 def run_gemm(
     matrices: Matrices, config: Config, rows: Rows, tables: Tables, which: int, out: Tensor, epilogue: Epilogue,
-    *, gather: bool,
+    *, gather: bool, compile_only: bool = False,
 ) -> None:  # fmt: skip
     """
     Multiply every scheduled row by its expert's weights.
@@ -159,6 +165,7 @@ def run_gemm(
         out: [parts, sorted rows, n] to write.
         epilogue: the nonlinearity, or none.
         gather: whether a sorted row reads its token's activations, or its own.
+        compile_only: only compile what would be launched; tensors may then lie anywhere and hold anything.
     """
     gemm, dispatch = matrices.gemm, tables.dispatch
     _, classes = classes_of(gemm, config)
@@ -171,7 +178,9 @@ def run_gemm(
     p, q = epilogue.pair
     bias = matrices.bias
     options = {} if config.registers is None or interpreting() else {"maxnreg": config.registers}
-    kernels.group_gemm[(programs,)](
+    kernel = kernels.group_gemm
+    start = partial(kernel.warmup, grid=(programs,)) if compile_only else kernel[(programs,)]
+    start(
         rows.codes, rows.scales, matrices.arena.data, matrices.arena.base, rows.scales[0] if bias is None else bias,
         tables.words[place["row_of"][0] :], tables.words[place[f"class_band{which}"][0] :],
         tables.words[first_band:], dispatch.bands(which), out,

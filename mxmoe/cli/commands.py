@@ -1,5 +1,5 @@
 """
-The command line: `mxmoe demo | eval | opt | solve | show | verify`.
+The commands of the command line: `mxmoe demo | eval | opt | solve | show | verify | bench | profile`.
 
 Every command imports what it needs when it runs, so that `mxmoe --help` answers at once. A mistake of the user prints
 one sentence to standard error and exits with 2; `mxmoe verify` exits with 1 when a checkpoint is broken.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from mxmoe.cli.devices import add_bench, add_profile
 from mxmoe.errors import BadPlan, BadText, BadUsage, BrokenCheckpoint, MxmoeError, UnknownName
 from mxmoe.files import write_whole
 from mxmoe.registry import near_names
@@ -63,7 +64,7 @@ def _parsers() -> tuple[_Parser, list[str]]:
     parser = _Parser(prog="mxmoe", description="A mixed-precision compiler for Mixture-of-Experts blocks.")
     parser.add_argument("--version", action="version", version=f"mxmoe {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_demo, _add_eval, _add_opt, _add_solve, _add_show, _add_verify):
+    for add in (_add_demo, _add_eval, _add_opt, _add_solve, _add_show, _add_verify, add_bench, add_profile):
         add(commands)
     return parser, list(commands.choices)
 

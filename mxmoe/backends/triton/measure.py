@@ -1,0 +1,347 @@
+"""
+Times of grouped launches on the present GPU: workloads, random weights, compiling in many processes, and the clock.
+
+A launch is timed over copies of its weights, or over relabelled experts, such that it finds none of them in the cache:
+one CUDA graph of all of them, replayed; the median counts. While one process measures, others compile what comes next.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from mxmoe.backends.triton.dispatch import Dispatch, Tables
+from mxmoe.backends.triton.launch import Epilogue, Matrices, Rows, make_rows, run_gemm
+from mxmoe.backends.triton.layout import Arena, allocate_arena, meta_bytes
+from mxmoe.backends.triton.schedule import allocate, build
+from mxmoe.backends.triton.tiles import Config, Gemm, classes_of
+from mxmoe.backends.triton.tuned import parse_config
+from mxmoe.errors import WrongTiles
+from mxmoe.ir import Scheme
+
+SEED = 1234
+CACHE = 300e6
+"""Bytes of weights that a round of launches reads at least: several times the second-level cache."""
+MOST_TURNS = 16
+ROOM = 80e9
+"""Bytes of weights that are kept for later measurements."""
+MOST_ERROR = 0.02
+"""Relative difference of results of two configs: the order of sums, and rounding to 16 bits."""
+FIELDS = ("n", "k", "gated", "experts", "top_k", "tokens", "plan", "config", "time_us", "status")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One product of a block of experts."""
+
+    n: int
+    """Output channels, of each of two matrices where it is gated."""
+    k: int
+    gated: bool
+    experts: int
+    top_k: int
+
+    def gemm(self, plan: str) -> Gemm:
+        """The GEMM with every expert's scheme."""
+        return Gemm(self.n, self.k, schemes_of(plan, self.experts), self.gated)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One launch to time."""
+
+    workload: Workload
+    tokens: int
+    plan: str
+    """A scheme; or `SEED:scheme+scheme`, random experts in random shares of these."""
+    config: str
+    """See `mxmoe.backends.triton.tuned.spell_config`."""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """First fields of a row of a file of measurements."""
+        one = self.workload
+        return tuple(
+            map(str, (one.n, one.k, int(one.gated), one.experts, one.top_k, self.tokens, self.plan, self.config))
+        )
+
+    @classmethod
+    def of_row(cls, row: dict[str, str]) -> Job:
+        """Read a row back."""
+        n, k, gated, experts, top_k, tokens = (int(row[name]) for name in FIELDS[:6])
+        return cls(Workload(n, k, bool(gated), experts, top_k), tokens, row["plan"], row["config"])
+
+
+def schemes_of(plan: str, experts: int) -> tuple[Scheme, ...]:
+    """Give every expert its scheme; equal plans give equal schemes."""
+    seed, _, names = plan.rpartition(":")
+    known = [Scheme.parse(name) for name in names.split("+")]
+    if not seed:
+        return (known[0],) * experts
+    rng = np.random.default_rng(int(seed))
+    drawn = rng.choice(len(known), size=experts, p=rng.dirichlet(np.ones(len(known))))
+    return tuple(known[i] for i in drawn.tolist())
+
+
+@lru_cache(maxsize=64)
+def routing(experts: int, top_k: int, tokens: int, seed: int = SEED) -> NDArray[np.int64]:
+    """
+    Draw expert ids [tokens, top_k] without replacement, the same in every run.
+
+    An expert's probability is in proportion to 1 / (rank + 3), its rank being drawn, too.
+    """
+    weight = 1.0 / (np.random.default_rng(seed).permutation(experts) + 3.0)
+    noise = np.random.default_rng(seed + 7919 * tokens).gumbel(size=(tokens, experts))
+    keys = np.log(weight / weight.sum())[None, :] + noise
+    return np.argsort(-keys, axis=1, kind="stable")[:, :top_k].astype(np.int64)
+
+
+def rows_of(job: Job) -> tuple[int, ...]:
+    """Rows of each expert."""
+    one = job.workload
+    return tuple(np.bincount(routing(one.experts, one.top_k, job.tokens).ravel(), minlength=one.experts).tolist())
+
+
+def weight_bytes(gemm: Gemm, active: Iterable[int]) -> float:
+    """Bytes of the weights of some experts."""
+    return sum((1 + gemm.gated) * gemm.n * gemm.k * gemm.schemes[i].effective_bits(gemm.k) / 8 for i in active)
+
+
+def turns_of(job: Job) -> list[tuple[int, NDArray[np.int64]]]:
+    """(copy of the weights, ids) of each launch of a round, such that the round reads `CACHE` bytes or more."""
+    one, gemm = job.workload, job.workload.gemm(job.plan)
+    ids = routing(one.experts, one.top_k, job.tokens)
+    active = np.unique(ids)
+    wanted = min(MOST_TURNS, max(2, math.ceil(CACHE / weight_bytes(gemm, active.tolist()))))
+    if len(gemm.distinct) > 1:  # relabelled experts would have other schemes
+        return [(turn, ids) for turn in range(wanted)]
+    labels = np.concatenate([active, np.setdiff1d(np.arange(one.experts), active)])
+    place = np.argsort(labels)
+    each = max(1, one.experts // len(active))
+    return [(turn // each, labels[(place[ids] + (turn % each) * len(active)) % one.experts]) for turn in range(wanted)]
+
+
+def random_arena(gemm: Gemm, device: torch.device) -> Arena:
+    """Weights of random bits without NaN or infinity, scales and zero points that fit them."""
+    arena = allocate_arena(gemm.n, gemm.k, gemm.schemes, 1 + gemm.gated, device)
+    words = arena.data[: len(arena.data) // 8 * 8].view(torch.int64)
+    for part in words.split(1 << 27):
+        part.random_(-(2**63), 2**63 - 1)
+        part.bitwise_and_(0xBFBFBFBFBFBFBFBF - 2**64)
+    for at, (_, scale, zero) in enumerate(arena.starts):
+        scheme = gemm.schemes[at % len(gemm.schemes)]
+        held = meta_bytes(scheme, gemm.n, gemm.k)
+        dtype = torch.float32 if scheme.group_size is None else torch.bfloat16
+        arena.data[scale : scale + held].view(dtype).fill_(0.01)
+        if not scheme.symmetric:
+            arena.data[zero : zero + held].view(dtype).fill_(2.0 ** (scheme.weight_bits - 1))
+    return arena
+
+
+def compile_group(jobs: Sequence[Job]) -> str:
+    """Compile the kernels of launches that differ in tokens only, into Triton's cache; what went wrong, or nothing."""
+    torch.set_num_threads(1)
+    try:
+        if torch.cuda.is_available():
+            for job in jobs:
+                _scheduled(_dispatch(job), routing(job.workload.experts, job.workload.top_k, job.tokens), "cuda")
+        one = jobs[0]
+        compile_launch(one.workload.gemm(one.plan), parse_config(one.config), one.tokens, one.workload.top_k)
+    except Exception as error:  # the file says what broke, and the sweep goes on
+        return _said(error)
+    return ""
+
+
+def compile_launch(gemm: Gemm, config: Config, tokens: int, top_k: int) -> None:
+    """Compile the group GEMM of a launch, for which no memory is needed; Triton's errors pass."""
+    base = torch.zeros((1 + gemm.gated, len(gemm.schemes), 3), dtype=torch.int64)
+    arena = Arena(gemm.n, gemm.k, gemm.schemes, len(base), torch.zeros(1024, dtype=torch.uint8), base, ())
+    kinds = gemm.row_kinds
+    codes = tuple(torch.zeros((16, 16), dtype=kind.dtype) for kind in kinds)
+    rows = Rows(codes, tuple(torch.zeros(16) for _ in kinds))
+    dispatch = Dispatch(len(gemm.schemes), top_k, tokens, (classes_of(gemm, config)[0],))
+    out = _outputs(gemm, config, dispatch, torch.device("cpu"))
+    matrices, tables = Matrices(gemm, arena, None), allocate(dispatch, "cpu")
+    run_gemm(matrices, config, rows, tables, 0, out, _epilogue(gemm), gather=gemm.gated, compile_only=True)
+
+
+def _dispatch(job: Job) -> Dispatch:
+    tiling = classes_of(job.workload.gemm(job.plan), parse_config(job.config))[0]
+    return Dispatch(job.workload.experts, job.workload.top_k, job.tokens, (tiling,))
+
+
+def _scheduled(dispatch: Dispatch, ids: NDArray[np.int64], device: torch.device | str) -> Tables:
+    tables = allocate(dispatch, device)
+    build(tables, torch.from_numpy(ids).to(device))
+    return tables
+
+
+def _epilogue(gemm: Gemm) -> Epilogue:
+    return Epilogue("silu") if gemm.gated else Epilogue()
+
+
+def _outputs(gemm: Gemm, config: Config, dispatch: Dispatch, device: torch.device) -> Tensor:
+    parts = max(config.shape(scheme).parts for scheme in gemm.distinct)
+    dtype = torch.float32 if parts > 1 else torch.bfloat16
+    return torch.empty((parts, dispatch.rows, gemm.n), dtype=dtype, device=device)
+
+
+def _said(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())[-300:]
+
+
+@dataclass
+class Clock:
+    """Measures launches on one GPU, and keeps weights for the next measurement of the same product."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cuda"))
+    kept: dict[tuple[Gemm, int], Arena] = field(default_factory=dict)
+    seen: dict[tuple[Workload, int, str], Tensor] = field(default_factory=dict)
+    """Some rows of the first result of a launch, which those of other configs must equal."""
+
+    def time_us(self, job: Job) -> float:
+        """
+        Median microseconds of one launch.
+
+        Raises:
+            WrongTiles: its result is not that of the first config that was measured.
+        """
+        torch.manual_seed(SEED)
+        gemm, config = job.workload.gemm(job.plan), parse_config(job.config)
+        dispatch = _dispatch(job)
+        turns = turns_of(job)
+        tokens = job.tokens if gemm.gated else dispatch.rows
+        x = torch.empty((tokens, gemm.k), dtype=torch.bfloat16, device=self.device).normal_()
+        rows = make_rows(x, gemm.row_kinds)
+        out = _outputs(gemm, config, dispatch, self.device)
+        arenas = [self._arena(gemm, copy) for copy in range(1 + max(copy for copy, _ in turns))]
+        calls: list[Callable[[], object]] = []
+        for copy, ids in turns:
+            tables, matrices = _scheduled(dispatch, ids, self.device), Matrices(gemm, arenas[copy], None)
+            run = partial(run_gemm, matrices, config, rows, tables, 0, out, _epilogue(gemm), gather=gemm.gated)
+            calls.append(run)
+        us = graph_us(calls)
+        self._check(job, out)
+        return us
+
+    def _check(self, job: Job, out: Tensor) -> None:
+        picked = torch.linspace(0, out.shape[1] - 1, min(16, out.shape[1]), device=out.device).long()
+        found = out[:, picked].sum(0, dtype=torch.float32)
+        exact = self.seen.setdefault((job.workload, job.tokens, job.plan), found)
+        error = float((found - exact).norm() / exact.norm())
+        if not error < MOST_ERROR:
+            raise WrongTiles(config=job.config, scheme=job.plan, error=f"{error:.1e}")
+
+    def _arena(self, gemm: Gemm, copy: int) -> Arena:
+        found = self.kept.pop((gemm, copy), None)
+        while found is None and self.kept and sum(one.data.nbytes for one in self.kept.values()) > ROOM:
+            self.kept.pop(next(iter(self.kept)))
+        if found is None:
+            torch.manual_seed(SEED + copy)
+            found = random_arena(gemm, self.device)
+        self.kept[gemm, copy] = found
+        return self.kept[gemm, copy]
+
+
+def graph_us(calls: Sequence[Callable[[], object]], *, budget_ms: float = 25.0, most: int = 11) -> float:
+    """Median microseconds of one call: all of them in one CUDA graph, which is replayed for about `budget_ms`."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(most + 1)]
+    found: list[float] = []
+    spent = 0.0
+    for start, end in marks:
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end))
+        spent += found[-1]
+        if len(found) > 3 and spent > budget_ms:
+            break
+    return statistics.median(found[1:]) * 1e3 / len(calls)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a file of measurements; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["status"]]
+
+
+def sweep(jobs: Sequence[Job], path: Path, *, seconds: float, workers: int, title: str) -> list[dict[str, str]]:
+    """
+    Measure every job that the file lacks, in about the order given, and add a row for each; start none when time is up.
+
+    Returns:
+        All rows of the file.
+    """
+    start, seen = time.monotonic(), {tuple(row[name] for name in FIELDS[:8]) for row in read_rows(path)}
+    groups: dict[tuple[object, ...], list[Job]] = {}
+    for job in dict.fromkeys(jobs):
+        if job.key not in seen:
+            groups.setdefault(_kernel_key(job), []).append(job)
+    is_new, clock = not path.exists(), Clock()
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    with (
+        path.open("a", newline="") as file,
+        tqdm(total=sum(map(len, groups.values())), desc=title, mininterval=5) as bar,
+    ):
+        writer: csv.DictWriter[str] = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        pending = {pool.submit(compile_group, group): group for group in groups.values()}
+        for done in as_completed(pending):
+            for job in pending[done] if time.monotonic() - start < seconds else ():
+                writer.writerow(_row(job, done.result(), clock))
+                file.flush()
+                bar.update()
+            if time.monotonic() - start > seconds:
+                break
+    for process in list((pool._processes or {}).values()):  # pyright: ignore[reportPrivateUsage]  # no public way
+        process.terminate()
+    pool.shutdown(wait=False, cancel_futures=True)
+    return read_rows(path)
+
+
+def _kernel_key(job: Job) -> tuple[object, ...]:
+    """What a kernel is compiled for: the job without its tokens, and what Triton asks of integer arguments."""
+    dispatch, one = _dispatch(job), job.workload
+    numbers = (dispatch.assignments, dispatch.tokens, dispatch.bands(0), dispatch.rows * one.n)
+    return (one, job.plan, job.config, *(number if number == 1 else number % 16 == 0 for number in numbers))
+
+
+def _row(job: Job, broken: str, clock: Clock) -> dict[str, object]:
+    row: dict[str, object] = dict(zip(FIELDS, job.key, strict=False))
+    if broken:
+        return {**row, "status": f"compile: {broken}"}
+    try:
+        return {**row, "time_us": f"{clock.time_us(job):.3f}", "status": "ok"}
+    except (RuntimeError, WrongTiles) as error:
+        text = _said(error)
+        if any(word in text for word in ("illegal", "assert", "unspecified", "misaligned")):
+            raise  # the process has lost its GPU
+        torch.cuda.empty_cache()
+        return {**row, "status": f"failed: {text}"}

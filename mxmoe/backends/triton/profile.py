@@ -1,0 +1,114 @@
+"""
+Measures what a cost model needs: launches of one scheme and of mixes, over products, tokens and tiles as they will run.
+
+The times become a profile (`mxmoe.cost.fit`); the measurements lie in a file beside it, and a later call goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mxmoe.backends.triton.choose import by_rule
+from mxmoe.backends.triton.measure import Job, Workload, sweep
+from mxmoe.backends.triton.tiles import Config, Gemm
+from mxmoe.backends.triton.tune import TOKENS, WORKLOADS
+from mxmoe.backends.triton.tuned import Tuned, for_device, spell_config, tuned_config
+from mxmoe.files import write_whole
+
+SCHEMES = (
+    *("bf16", "w8a8_sym", "w8a8_e4m3", "w4a8_g128_sym", "w4a8_g128_sym_e4m3"),
+    *("w4a16_g128_asym", "w3a16_g128_asym", "w2a16_g128_asym"),
+)
+POOL = (*("w4a8_g128_sym", "w8a8_sym", "w8a8_e4m3"), *("w4a16_g128_asym", "w3a16_g128_asym", "w2a16_g128_asym"))
+"""Schemes of random mixes: what target triton-sm90 chooses from."""
+MIXES = 3
+"""Random mixes of each product and number of tokens; the last is of 4 and 8-bit weights with 8-bit activations."""
+
+
+def mixed_plan(number: int, kind: int) -> str:
+    """Name a random mix: two to four schemes of the pool, or w4a8 and w8a8 for the last kind."""
+    rng = np.random.default_rng(number)
+    if kind == MIXES - 1:
+        return f"{number}:w4a8_g128_sym+w8a8_sym"
+    picked = rng.choice(len(POOL), size=int(rng.integers(2, 5)), replace=False)
+    return f"{number}:" + "+".join(POOL[i] for i in sorted(picked.tolist()))
+
+
+def profile_jobs(
+    tuned: Tuned | None, workloads: Sequence[Workload], tokens: Sequence[int], schemes: Sequence[str]
+) -> list[Job]:
+    """Launches to fit on: every scheme alone, and mixes by rule and as tuned."""
+
+    def job(one: Workload, count: int, plan: str, tuned: Tuned | None) -> Job:
+        return Job(one, count, plan, spell_config(chosen(one.gemm(plan), count, one.top_k, tuned)))
+
+    grid = list(itertools.product(workloads, tokens))
+    found = [job(one, count, scheme, tuned) for scheme, (one, count) in itertools.product(schemes, grid)]
+    for kind in range(MIXES):
+        for number, (one, count) in enumerate(grid):
+            plan = mixed_plan(1000 * kind + number, kind)
+            found.append(job(one, count, plan, None))
+            if tuned is not None:
+                found.append(job(one, count, plan, tuned))
+    return list(dict.fromkeys(found))
+
+
+def chosen(gemm: Gemm, tokens: int, top_k: int, tuned: Tuned | None) -> Config:
+    """Choose the config of a launch: by rule, or with entries put together."""
+    rule = by_rule(gemm, tokens, top_k)
+    return rule if tuned is None else tuned_config(tuned, gemm, tokens, top_k, rule)
+
+
+def gain_of_mixes(rows: Sequence[Mapping[str, str]], tuned: Tuned) -> float | None:
+    """Geometric mean, over measured mixes, of the time by rule over that as tuned; None where there are no pairs."""
+    times = {
+        Job.of_row(dict(row)): float(row["time_us"]) for row in rows if row["status"] == "ok" and ":" in row["plan"]
+    }
+    ratios: list[float] = []
+    for job, us in times.items():
+        gemm, top_k = job.workload.gemm(job.plan), job.workload.top_k
+        by = Job(job.workload, job.tokens, job.plan, spell_config(by_rule(gemm, job.tokens, top_k)))
+        own = spell_config(chosen(gemm, job.tokens, top_k, tuned))
+        if job.config == own != by.config and by in times:
+            ratios.append(times[by] / us)
+    return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None
+
+
+def measure(
+    measured: Path, tiles: Path | None, *, seconds: float, workers: int | None = None,
+    workloads: Sequence[Workload] = WORKLOADS, tokens: Sequence[int] = TOKENS, schemes: Sequence[str] = SCHEMES,
+) -> str:  # fmt: skip
+    """
+    Measure for about `seconds`, and note in the file of tiles whether mixed launches were faster with them.
+
+    Args:
+        measured: every measurement, as CSV; those in it already are not made again.
+        tiles: what `tune` wrote; None for what is shipped for this device.
+        seconds: start no measurement later.
+        workers: processes that compile; by default as many as there are cores, but one.
+        workloads, tokens, schemes: launches of one scheme, and with the same products and tokens mixes of `POOL`.
+
+    Returns:
+        A sentence about what was measured.
+    """
+    many = workers or max(1, (os.cpu_count() or 2) - 1)
+    found = Tuned.loads(tiles.read_text()) if tiles else for_device(torch.cuda.get_device_name())
+    together = None if found is None else replace(found, mixes=True)
+    jobs = profile_jobs(together, workloads, tokens, schemes)
+    rows = sweep(jobs, measured, seconds=seconds, workers=many, title="launches")
+    text = f"{len(rows)} launches in {measured}"
+    gain = None if together is None else gain_of_mixes(rows, together)
+    if gain is None or together is None:
+        return text
+    if tiles:
+        write_whole(tiles, replace(together, mixes=gain > 1).dumps())
+    return f"{text}; mixed ones take {gain:.3f} times as long by rule as with measured tiles"

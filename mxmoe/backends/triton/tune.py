@@ -1,0 +1,169 @@
+"""
+Finds tiles by measuring: what the rule chooses, each of its numbers changed by itself, then the changes that helped.
+
+The result is what `tuned.py` reads; the measurements lie in a file beside it, and a later call goes on from there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import triton
+
+from mxmoe.backends.triton.choose import FEW, SOME, by_rule, mean_rows
+from mxmoe.backends.triton.layout import body_of
+from mxmoe.backends.triton.measure import Job, Workload, sweep
+from mxmoe.backends.triton.tiles import HEIGHTS, WIDTHS, Config, Gemm, Shape
+from mxmoe.backends.triton.tuned import Entry, Tuned, kernel_hash, parse_config, spell_config
+from mxmoe.files import write_whole
+from mxmoe.ir import Scheme
+
+WORKLOADS = (
+    # products of Qwen1.5-MoE, Mixtral-8x7B and DeepSeek-V3
+    Workload(1408, 2048, True, 60, 4),
+    Workload(2048, 1408, False, 60, 4),
+    Workload(14336, 4096, True, 8, 2),
+    Workload(4096, 14336, False, 8, 2),
+    Workload(2048, 7168, True, 256, 8),
+    Workload(7168, 2048, False, 256, 8),
+)
+TOKENS = (1, 16, 64, 512, 2048, 8192)
+SCHEMES = ("w4a8_g128_sym", "w8a8_sym", "w4a16_g128_asym", "w8a8_e4m3", "bf16", "w4a8_g128_sym_e4m3", "w8a16_sym")
+MOST_SUMS = 128 * 256
+"""Sums of a tile; more do not fit the registers."""
+FIRST_ROUND = 0.75
+"""Share of the time for changes of one number."""
+
+Change = tuple[str, object]
+
+
+def changes(gemm: Gemm, rule: Config, rows: float) -> Iterator[Config]:
+    """Yield configs that differ from the rule's in one number, of a GEMM of one scheme, the most promising first."""
+    (scheme,) = gemm.distinct
+    name, shape = rule.shapes[0]
+    runs = ((4, None), (4, 96), (8, None)) if rows <= FEW else ((4, 128), (8, None), (4, 168), (8, 128), (4, None))
+    runs = runs if rows <= SOME else ((8, None), (4, None), (8, 128))
+    heights = {
+        FEW: ((16,), (16, 32)),
+        SOME: ((16, 32), (16, 32, 64), (32,)),
+    }.get(FEW if rows <= FEW else SOME if rows <= SOME else 0.0, ((32, 64, 128), (32, 64), (16, 32, 64)))
+    yield from (replace(rule, warps=warps, registers=bound) for warps, bound in runs)
+    shapes: list[Shape] = [replace(shape, heights=tall) for tall in heights]
+    shapes += [replace(shape, width=wide) for wide in (shape.width * 2, shape.width // 2) if wide in WIDTHS]
+    most = 2 if scheme.weight_bits == 3 else 6
+    shapes += [replace(shape, stages=flight) for flight in (shape.stages + 1, shape.stages - 1) if 2 <= flight <= most]
+    if not gemm.gated and body_of(scheme) != "wide" and rows <= SOME:
+        wanted = (shape.parts * 2, shape.parts // 2)
+        shapes += [replace(shape, parts=parts) for parts in wanted if 1 <= parts <= 8 and gemm.k // parts >= 352]
+    sides = 2 if gemm.gated else 1
+    for one in shapes:
+        if one.width * sides * max(one.heights) <= max(MOST_SUMS, shape.width * sides * max(shape.heights)):
+            yield replace(rule, shapes=((name, one),))
+
+
+def first_jobs(workloads: Sequence[Workload], tokens: Sequence[int], schemes: Sequence[str]) -> list[Job]:
+    """The rule's configs of everything, then one change of everything, and so on: what is cut off is cut off evenly."""
+    columns: list[list[Job]] = []
+    for scheme, one, count in itertools.product(schemes, workloads, tokens):
+        gemm = one.gemm(scheme)
+        rule = by_rule(gemm, count, one.top_k)
+        # one token is compiled for by itself; the rule must do
+        more = changes(gemm, rule, mean_rows(gemm, count, one.top_k)) if count > 1 else ()
+        columns.append([Job(one, count, scheme, spell_config(config)) for config in dict.fromkeys((rule, *more))])
+    deep = itertools.zip_longest(*columns)
+    return [job for row in deep for job in row if job is not None]
+
+
+def second_jobs(rows: Sequence[Mapping[str, str]]) -> list[Job]:
+    """For every class, the changes that helped put together: all of them, and the best two."""
+    found: list[Job] = []
+    for (one, count, scheme), times in _by_class(rows).items():
+        rule = by_rule(one.gemm(scheme), count, one.top_k)
+        before = times.get(rule)
+        if before is None:
+            continue
+        helped = sorted((time, spell_config(config)) for config, time in times.items() if time < 0.995 * before)
+        best: dict[str, object] = {}
+        for _, text in helped:
+            for field, value in _differences(rule, parse_config(text)):
+                best.setdefault(field, value)
+        for most in (len(best), 2):
+            config = _changed(rule, dict(itertools.islice(best.items(), most)))
+            if most > 1 and config not in times and max(config.shapes[0][1].heights) in HEIGHTS:
+                found.append(Job(one, count, scheme, spell_config(config)))
+    return list(dict.fromkeys(found))
+
+
+def _differences(rule: Config, other: Config) -> list[Change]:
+    if (rule.warps, rule.registers) != (other.warps, other.registers):
+        return [("run", (other.warps, other.registers))]
+    a, b = rule.shapes[0][1], other.shapes[0][1]
+    fields = ("heights", "width", "depth", "stages", "parts")
+    return [(name, getattr(b, name)) for name in fields if getattr(a, name) != getattr(b, name)]
+
+
+def _changed(rule: Config, values: Mapping[str, object]) -> Config:
+    name, shape = rule.shapes[0]
+    run = values.get("run", (rule.warps, rule.registers))
+    assert isinstance(run, tuple), "a pair of warps and registers"
+    inner = {field: value for field, value in values.items() if field != "run"}
+    return replace(rule, warps=run[0], registers=run[1], shapes=((name, replace(shape, **inner)),))
+
+
+def _by_class(rows: Sequence[Mapping[str, str]]) -> dict[tuple[Workload, int, str], dict[Config, float]]:
+    """(workload, tokens, scheme) -> config -> microseconds."""
+    found: dict[tuple[Workload, int, str], dict[Config, float]] = {}
+    for row in rows:
+        if row["status"] == "ok" and ":" not in row["plan"]:
+            job = Job.of_row(dict(row))
+            times = found.setdefault((job.workload, job.tokens, job.plan), {})
+            times[parse_config(job.config)] = float(row["time_us"])
+    return found
+
+
+def make_tuned(rows: Sequence[Mapping[str, str]], device: str, mixes: bool = False) -> Tuned:
+    """Keep the fastest config of every class, scheme and number of warps, where the rule's was measured too."""
+    entries: list[Entry] = []
+    for (one, count, scheme), times in _by_class(rows).items():
+        gemm = one.gemm(scheme)
+        before = times.get(by_rule(gemm, count, one.top_k))
+        if before is None:
+            continue
+        mean = round(mean_rows(gemm, count, one.top_k), 3)
+        active = min(one.experts, count * one.top_k)
+        for warps in sorted({config.warps for config in times}):
+            config = min((one for one in times if one.warps == warps), key=times.__getitem__)
+            entries.append(Entry(one.n, one.k, one.gated, mean, active, scheme, config, times[config], before))
+    entries.sort(key=lambda one: (one.scheme, not one.gated, one.n, one.k, one.rows, one.active, one.config.warps))
+    return Tuned(device, triton.__version__, kernel_hash(), tuple(entries), mixes)
+
+
+def tune(
+    out: Path, measured: Path, *, seconds: float, workers: int | None = None,
+    workloads: Sequence[Workload] = WORKLOADS, tokens: Sequence[int] = TOKENS, schemes: Sequence[str] = SCHEMES,
+) -> Tuned:  # fmt: skip
+    """
+    Measure for about `seconds`, and write what was fastest to `out`.
+
+    Args:
+        out: the JSON that `tuned.py` reads.
+        measured: every measurement, as CSV; those in it already are not made again.
+        seconds: start no measurement later.
+        workers: processes that compile; by default as many as there are cores, but one.
+        workloads, tokens, schemes: the classes.
+    """
+    many = workers or max(1, (os.cpu_count() or 2) - 1)
+    for name in schemes:
+        Scheme.parse(name)
+    jobs = first_jobs(workloads, tokens, schemes)
+    rows = sweep(jobs, measured, seconds=FIRST_ROUND * seconds, workers=many, title="tiles")
+    left = (1 - FIRST_ROUND) * seconds
+    rows = sweep(second_jobs(rows), measured, seconds=left, workers=many, title="tiles together")
+    found = make_tuned(rows, torch.cuda.get_device_name())
+    write_whole(out, found.dumps())
+    return found

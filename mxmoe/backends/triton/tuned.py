@@ -1,0 +1,255 @@
+"""
+Tiles that were measured, by device, shape class and scheme: JSON files beside this one, one for each kind of GPU.
+
+A file holds for the versions of Triton and of the kernels that it was measured with, and is left alone with any other.
+A shape class is (n, k, gated, rows of a mean active expert); the nearest measured one serves within `NEAR`. What has
+none is cut by rule, and one line says so.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import triton
+
+from mxmoe.backends.triton.tiles import Config, Gemm, Shape
+from mxmoe.errors import BadTiles
+from mxmoe.ir import Scheme
+
+DATA = Path(__file__).parent / "tuned"
+"""Folder of shipped files, `<kind of GPU>.json`."""
+KERNELS = ("bodies", "decode", "kernels", "schedule")
+"""Modules whose functions become machine code of a launch."""
+NEAR = (1.0, 1.0, 1.0, 2.0)
+"""How far off a measured class may be, in powers of two: n, k, rows of a mean active expert, active experts."""
+_LOG = logging.getLogger("mxmoe")
+
+
+def spell_config(config: Config) -> str:
+    """
+    Write a config as words, e.g. `w4g1r96 w8a8_sym=16,32x64k128s4`.
+
+    w: warps, g: grouping, r: registers, p: programs for each SM; those that a config does not set are left out.
+    """
+    head = f"w{config.warps}g{config.grouping}"
+    head += f"r{config.registers}" if config.registers is not None else ""
+    head += f"p{config.per_sm}" if config.per_sm else ""
+    return " ".join([head, *(f"{scheme}={shape}" for scheme, shape in config.shapes)])
+
+
+def parse_config(text: str) -> Config:
+    """
+    Read what `spell_config` wrote.
+
+    Raises:
+        BadTiles: it is no config.
+    """
+    head, *shapes = text.split()
+    try:
+        numbers = {letter: int(number) for letter, number in _pairs(head)}
+        pairs = tuple((scheme, Shape.parse(shape)) for scheme, _, shape in (word.partition("=") for word in shapes))
+        return Config(numbers["w"], pairs, numbers.get("p", 0), numbers["g"], numbers.get("r"))
+    except (KeyError, ValueError) as error:
+        raise BadTiles(tiles=text, reason="write w WARPS g GROUPING, then SCHEME=TILES") from error
+
+
+def _pairs(head: str) -> list[tuple[str, str]]:
+    starts = [at for at, letter in enumerate(head) if letter.isalpha()]
+    return [(head[at], head[at + 1 : end]) for at, end in zip(starts, [*starts[1:], len(head)], strict=True)]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The best config measured for one shape class, scheme and number of warps."""
+
+    n: int
+    k: int
+    gated: bool
+    rows: float
+    """Of a mean active expert."""
+    active: int
+    """Experts that have rows."""
+    scheme: str
+    config: Config
+    time_us: float
+    rule_us: float
+    """What the rule's config took."""
+
+    def distance(self, n: int, k: int, rows: float, active: float) -> float:
+        """How far another class is, in powers of two; inf if too far."""
+        steps = [abs(math.log2(a / b)) for a, b in ((self.n, n), (self.k, k), (self.rows, rows), (self.active, active))]
+        if any(step > most for step, most in zip(steps, NEAR, strict=True)):
+            return math.inf
+        return steps[0] + steps[1] + 2 * steps[2] + 0.5 * steps[3]
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields as they stand in a file."""
+        fields = {name: getattr(self, name) for name in ("n", "k", "gated", "rows", "active", "scheme")}
+        return {**fields, "config": spell_config(self.config), "time_us": self.time_us, "rule_us": self.rule_us}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Entry:
+        """Read one back."""
+        values: dict[str, Any] = {**fields, "config": parse_config(fields["config"])}
+        return cls(**values)
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """The entries of one device; equal to itself only, so that look-ups are remembered cheaply."""
+
+    device: str
+    """As CUDA names it."""
+    triton: str
+    kernels: str
+    entries: tuple[Entry, ...]
+    mixes: bool = False
+    """Whether mixed launches were faster with entries put together than by rule."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it was measured with the kernels and the Triton that run here."""
+        return (self.triton, self.kernels) == (triton.__version__, kernel_hash())
+
+    def find(self, gemm: Gemm, scheme: Scheme, rows: float, active: float) -> dict[int, Entry]:
+        """Nearest entries of a scheme, by warps: those of the nearest class that has any."""
+        mine = self._by_scheme.get((str(scheme), gemm.gated), ())
+        far = [(one.distance(gemm.n, gemm.k, rows, active), one) for one in mine]
+        least = min((distance for distance, _ in far), default=math.inf)
+        if math.isinf(least):
+            return {}
+        return {one.config.warps: one for distance, one in far if distance == least}
+
+    @property
+    def _by_scheme(self) -> dict[tuple[str, bool], tuple[Entry, ...]]:
+        return _index(self)
+
+    def dumps(self) -> str:
+        """Write as JSON, an entry a line."""
+        head = {"device": self.device, "triton": self.triton, "kernels": self.kernels, "mixes": self.mixes}
+        lines = ",\n  ".join(json.dumps(one.to_json()) for one in self.entries)
+        return json.dumps(head)[:-1].replace(", ", ",\n ") + f',\n "entries": [\n  {lines}\n ]\n}}\n'
+
+    @classmethod
+    def loads(cls, text: str) -> Tuned:
+        """Read what `dumps` wrote."""
+        fields = json.loads(text)
+        values: dict[str, Any] = {**fields, "entries": tuple(Entry.from_json(one) for one in fields["entries"])}
+        return cls(**values)
+
+
+@lru_cache(maxsize=8)
+def _index(tuned: Tuned) -> dict[tuple[str, bool], tuple[Entry, ...]]:
+    found: dict[tuple[str, bool], list[Entry]] = {}
+    for one in tuned.entries:
+        found.setdefault((one.scheme, one.gated), []).append(one)
+    return {key: tuple(entries) for key, entries in found.items()}
+
+
+@lru_cache(maxsize=1)
+def kernel_hash() -> str:
+    """Hash of the code that becomes kernels; comments, docstrings and annotations do not count."""
+    whole = hashlib.sha256()
+    for name in KERNELS:
+        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
+        for node in sorted(functions, key=lambda node: node.name):
+            whole.update(ast.dump(_Bare().visit(node)).encode())
+    return whole.hexdigest()[:16]
+
+
+class _Bare(ast.NodeTransformer):
+    """Leaves out docstrings and annotations, but `tl.constexpr`, which decides what is compiled in."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        if ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+        node.returns = None
+        self.generic_visit(node)
+        return node
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        is_constant = node.annotation is not None and ast.unparse(node.annotation).endswith("constexpr")
+        node.annotation = node.annotation if is_constant else None
+        return node
+
+
+@lru_cache(maxsize=8)
+def for_device(name: str, folder: Path = DATA) -> Tuned | None:
+    """Find the file of a device, as CUDA names it; that of other kernels or Triton is not used, in one line."""
+    for path in sorted(folder.glob("*.json")):
+        found = Tuned.loads(path.read_text())
+        if found.device != name:
+            continue
+        if found.is_current:
+            return found
+        _LOG.warning(
+            "tiles tuned for %s with triton %s and kernels %s are not used with triton %s and kernels %s; "
+            "`mxmoe bench` measures anew",
+            *(name, found.triton, found.kernels, triton.__version__, kernel_hash()),
+        )
+    return None
+
+
+@lru_cache(maxsize=4096)
+def tuned_config(tuned: Tuned, gemm: Gemm, tokens: int, top_k: int, rule: Config) -> Config:
+    """
+    Choose the measured config of a launch, or the rule's where nothing near was measured.
+
+    In a launch of several schemes each keeps its tiles; the number of warps is the one with which the experts take the
+    least time together, k has as many parts as by rule, and registers are bounded if all agree on a bound.
+    """
+    assignments = tokens * top_k
+    active = max(1, min(len(gemm.schemes), assignments))
+    found = {scheme: tuned.find(gemm, scheme, assignments / active, active) for scheme in gemm.distinct}
+    if not all(found.values()):
+        _say_unlisted(gemm.n, gemm.k, gemm.gated, tuned.device)
+        return rule
+    if len(found) == 1:
+        (by_warps,) = found.values()
+        return min(by_warps.values(), key=lambda one: one.time_us).config
+    return _together(gemm, found, rule) if tuned.mixes else rule
+
+
+def _together(gemm: Gemm, found: Mapping[Scheme, Mapping[int, Entry]], rule: Config) -> Config:
+    common = sorted(set.intersection(*(set(by_warps) for by_warps in found.values())))
+    if not common:
+        return rule
+    share = {scheme: gemm.schemes.count(scheme) for scheme in found}
+
+    def total(warps: int) -> float:
+        return sum(share[scheme] * by_warps[warps].time_us for scheme, by_warps in found.items())
+
+    warps = min(common, key=total)
+    chosen = {scheme: by_warps[warps].config for scheme, by_warps in found.items()}
+    bounds = [config.registers for config in chosen.values()]
+    shapes = tuple(
+        (str(scheme), replace(config.shape(scheme), parts=rule.shape(scheme).parts))
+        for scheme, config in chosen.items()
+    )
+    registers = None if None in bounds else max(cast("Sequence[int]", bounds))
+    return Config(warps, shapes, rule.per_sm, rule.grouping, registers)
+
+
+@lru_cache(maxsize=1024)
+def _say_unlisted(n: int, k: int, gated: bool, device: str) -> None:
+    """Once for each product."""
+    kind = "gated " if gated else ""
+    _LOG.warning("no tiles were tuned near the %sproduct n=%d k=%d on %s; a rule chooses them", kind, n, k, device)
+
+
+@lru_cache(maxsize=16)
+def tuned_for(device: torch.device) -> Tuned | None:
+    """Find what was tuned for a device; nothing for what is no GPU."""
+    is_here = device.type == "cuda" and torch.cuda.is_available()
+    return for_device(torch.cuda.get_device_name(device)) if is_here else None
