@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 from accuracy_bank import Layout
-from accuracy_page import write_page
 from accuracy_plans import SETTINGS, Allocator, Job, jobs
 from accuracy_subject import BEGAN, TEXTS, AlphaFacts, Phases, Subject, say
 from common import RESULTS, circumstances
@@ -304,7 +303,12 @@ def main(arguments: Sequence[str]) -> None:
             totals[name.split()[0]] += seconds
         listed = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in totals.items())
         say(f"{len(study.rows)} plans, {study.left_out} left out; {listed}")
-    write_page(Path(options.results), Path(options.docs))
+    try:
+        from accuracy_page import write_page  # matplotlib; what was measured is there without it
+    except ModuleNotFoundError as error:
+        say(f"no page: {error}; write it elsewhere with --page")
+        return
+    write_page(options.results, options.docs)
 
 
 if __name__ == "__main__":
