@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 from xdsl.ir import SSAValue
 
 from mxmoe.backends.triton.executable import Bank, TritonExecutable
-from mxmoe.backends.triton.launch import Matrices
-from mxmoe.backends.triton.layout import allocate_arena, put
+from mxmoe.backends.triton.joint import JOINED, Joint
+from mxmoe.backends.triton.launch import FUSED, TURNS, Matrices
+from mxmoe.backends.triton.layout import allocate_arena, arena_bytes, put
 from mxmoe.backends.triton.tiles import Gemm
 from mxmoe.errors import BadWeightShape
 from mxmoe.ir import Bank as BankOps
-from mxmoe.ir import GroupGemmOp, MoeOp, banks
+from mxmoe.ir import GroupGemmOp, MoeOp, Scheme, banks
 from mxmoe.target import WeightSource
 
 
@@ -29,16 +30,22 @@ class Builder:
 
     def block(self) -> TritonExecutable:
         """Pack every bank."""
-        made = {name: self.bank(bank) for name, bank in banks(self.moe).items()}
-        return TritonExecutable(self.moe.block, self.moe.hidden, made)
+        found = banks(self.moe)
+        if not can_join(found):
+            made = {name: self.bank(bank, [self.device] * len(bank.gemms)) for name, bank in found.items()}
+            return TritonExecutable(self.moe.block, self.moe.hidden, made)
+        # matrices that one launch reads lie in one room
+        pairs = list(zip(*(gemms_of(found[name]) for name in JOINED), strict=True))
+        sizes = [[arena_bytes(op.n, op.k, self.schemes(op), len(op.weights)) for op in pair] for pair in pairs]
+        rooms = [torch.zeros(sum(size), dtype=torch.uint8, device=self.device) for size in sizes]
+        parts = zip(*(room.split(size) for room, size in zip(rooms, sizes, strict=True)), strict=True)
+        made = {name: self.bank(found[name], part) for name, part in zip(JOINED, parts, strict=True)}
+        return TritonExecutable(self.moe.block, self.moe.hidden, made, Joint.of(*made.values(), rooms))
 
-    def bank(self, bank: BankOps) -> Bank:
-        """Pack the GEMMs of a bank, gate before up."""
-        down = next(gemm for gemm in bank.gemms if gemm.role == "down")
-        made_by: dict[SSAValue, GroupGemmOp] = {out: gemm for gemm in bank.gemms for out in gemm.outs}
-        entries = list(dict.fromkeys(made_by[value] for value in bank.act.inputs))
-        gemms = (*entries, down)
-        packed = [self.matrices(gemm) for gemm in gemms]
+    def bank(self, bank: BankOps, rooms: Sequence[torch.device | Tensor]) -> Bank:
+        """Pack the GEMMs of a bank, gate before up, each in its room."""
+        gemms = gemms_of(bank)
+        packed = [self.matrices(gemm, room) for gemm, room in zip(gemms, rooms, strict=True)]
         return Bank(
             experts=bank.experts,
             entries=tuple(packed[:-1]),
@@ -50,16 +57,20 @@ class Builder:
             turn=bank.act.hadamard,
         )
 
-    def matrices(self, op: GroupGemmOp) -> Matrices:
+    def schemes(self, op: GroupGemmOp) -> tuple[Scheme, ...]:
+        """Scheme of every expert."""
+        assert op.choice is not None, f"{op.role} of {self.moe.block} is lowered"
+        return tuple(self.moe.candidates[int(index)] for index in op.choice.array)
+
+    def matrices(self, op: GroupGemmOp, room: torch.device | Tensor) -> Matrices:
         """
         Quantize and pack the weights of one GEMM.
 
         Raises:
             BadWeightShape: a weight is not what the module says.
         """
-        assert op.choice is not None, f"{op.role} of {self.moe.block} is lowered"
-        schemes = tuple(self.moe.candidates[int(index)] for index in op.choice.array)
-        arena = allocate_arena(op.n, op.k, schemes, len(op.weights), self.device)
+        schemes = self.schemes(op)
+        arena = allocate_arena(op.n, op.k, schemes, len(op.weights), room)
         for number, name in enumerate(op.weights):
             for expert, scheme in enumerate(schemes):
                 q = self.weights.quantized(name, expert, scheme)
@@ -80,6 +91,32 @@ class Builder:
                 raise BadWeightShape(name=name, found=list(bias.shape), wanted=[op.experts, op.n])
             stacked.append(bias.detach().to(self.device, torch.float32))
         return torch.stack(stacked)
+
+
+def gemms_of(bank: BankOps) -> tuple[GroupGemmOp, ...]:
+    """GEMMs of a bank: gate and up as one, or gate, or up; then down."""
+    down = next(gemm for gemm in bank.gemms if gemm.role == "down")
+    made_by: dict[SSAValue, GroupGemmOp] = {out: gemm for gemm in bank.gemms for out in gemm.outs}
+    return (*dict.fromkeys(made_by[value] for value in bank.act.inputs), down)
+
+
+def can_join(found: Mapping[str, BankOps]) -> bool:
+    """
+    Say whether one set of launches can run a routed and a shared bank.
+
+    Both have gate and up in one GEMM with the same nonlinearity, and no biases. The shared expert, one, is a whole
+    number of times as wide as a routed one: where k is split, both are split alike.
+    """
+    if tuple(sorted(found)) != JOINED or found["shared"].experts != 1:
+        return False
+    routed, shared = (found[name] for name in JOINED)
+    if (routed.act.kind, dict(routed.act.params)) != (shared.act.kind, dict(shared.act.params)):
+        return False
+    pairs = [(len(gemms), len(gemms[0].weights)) for gemms in map(gemms_of, (routed, shared))]
+    is_plain = not any(gemm.biases for bank in (routed, shared) for gemm in bank.gemms)
+    turns = all(bank.act.hadamard in (0, *TURNS) for bank in (routed, shared))
+    fits = gemms_of(shared)[0].n % gemms_of(routed)[0].n == 0
+    return routed.act.kind in FUSED and pairs == [(2, 2), (2, 2)] and is_plain and turns and fits
 
 
 def compile_blocks(blocks: list[MoeOp], weights: WeightSource, device: torch.device) -> Mapping[str, TritonExecutable]:

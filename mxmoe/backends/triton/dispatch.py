@@ -89,11 +89,22 @@ class Tiling:
 
     def most_bands(self, assignments: int, tokens: int, experts: int) -> int:
         """Bound on the bands of any routing: the sum of ceil(count / tallest height), at its largest."""
-        tallest = {group: heights[-1] for group, heights in self.heights.items()}
-        routed = [tallest[group] for group in self.group[:experts]]
-        least, active = min(routed, default=1), min(experts, assignments)
-        always = sum(-(-tokens // tallest[group]) for group in self.group[experts:])
-        return (assignments + active * (least - 1)) // least + always
+        return self._most_routed(assignments, experts) + sum(self._always(tokens, experts))
+
+    def most_tiles(self, assignments: int, tokens: int, experts: int) -> int:
+        """Bound on the tiles of any routing: every band of routed experts as wide as the widest of theirs."""
+        wide = {one.group: one.n_tiles for one in sorted(self.classes, key=lambda one: one.n_tiles)}
+        routed = self._most_routed(assignments, experts) * max((wide[group] for group in self.group[:experts]), default=0)
+        always = zip(self._always(tokens, experts), self.group[experts:], strict=True)
+        return routed + sum(bands * wide[group] for bands, group in always)
+
+    def _most_routed(self, assignments: int, experts: int) -> int:
+        least = min((self.heights[group][-1] for group in self.group[:experts]), default=1)
+        return (assignments + min(experts, assignments) * (least - 1)) // least
+
+    def _always(self, tokens: int, experts: int) -> tuple[int, ...]:
+        """Bands of each always-on expert."""
+        return tuple(-(-tokens // self.heights[group][-1]) for group in self.group[experts:])
 
     def columns(self, width: int) -> Tensor:
         """int32 [COLUMNS, width], what the kernel reads of each class; classes beyond the last belong to no group."""
@@ -174,7 +185,7 @@ class Dispatch:
 
     def most_tiles(self, which: int) -> int:
         """Static bound on the tiles of a tiling."""
-        return self.bands(which) * max(one.n_tiles for one in self.tilings[which].classes)
+        return self.tilings[which].most_tiles(self.assignments, self.tokens, self.experts)
 
     @cached_property
     def places(self) -> Mapping[str, tuple[int, int]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mxmoe.backends.routing import check_shapes
 from mxmoe.backends.triton.choose_ada import config_for
 from mxmoe.backends.triton.dispatch import Dispatch, Tables
+from mxmoe.backends.triton.joint import MOST_TOKENS, Joint
 from mxmoe.backends.triton.launch import (
     FUSED,
     Epilogue,
@@ -158,6 +159,8 @@ class TritonExecutable:
     block: str
     hidden: int
     banks: Mapping[str, Bank]
+    joint: Joint | None = None
+    """Both banks in the same launches, where they can be."""
     held: int = field(init=False)
     """The number under which a graph calls this executable."""
 
@@ -214,6 +217,41 @@ class TritonExecutable:
             configs = compiled.configs(len(hidden[part]), index.shape[1])
             out[part] = compiled.run(hidden[part], index[part], weights[part], configs)["out"]
         return out
+
+    def joins(self, tokens: int) -> bool:
+        """Say whether `run_block` runs both banks of so many tokens in the same launches."""
+        return self.joint is not None and 0 < tokens <= MOST_TOKENS
+
+    @torch.no_grad()
+    def run_block(
+        self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, shared: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """
+        Run the routed bank and the shared one, which sees every token with weight one; together where that is `joins`.
+
+        Args:
+            hidden: [tokens, hidden].
+            top_k_index: [tokens, top_k] of the routed bank; what is no expert is padding.
+            top_k_weights: [tokens, top_k].
+            shared: contiguous [tokens, hidden] to write what the shared bank makes, if it is there already.
+
+        Returns:
+            `routed` and `shared` -> [tokens, hidden], in the dtype of `hidden`.
+
+        Raises:
+            NoSuchBank: the block has no such banks.
+            BadHidden, BadRouting, WrongDevice: arguments that do not fit the block.
+        """
+        self._checked("routed", hidden, top_k_index, top_k_weights)
+        shared = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if shared is None else shared
+        if self.joint is not None and self.joins(len(hidden)):
+            routed = torch.empty_like(shared)
+            args = (hidden.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous())
+            self.joint.run(*args, routed, shared)
+            return {"routed": routed, "shared": shared}
+        alone = torch.zeros((len(hidden), 1), dtype=torch.int64, device=hidden.device)
+        shared.copy_(self("shared", hidden, alone, torch.ones_like(alone, dtype=hidden.dtype)))
+        return {"routed": self("routed", hidden, top_k_index, top_k_weights), "shared": shared}
 
     def trace(self, bank: str, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> dict[str, Tensor]:
         """Run one bank and give what every step made; see `Bank.run`."""

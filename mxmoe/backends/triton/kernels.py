@@ -18,11 +18,12 @@ from mxmoe.backends.triton.schedule import tile_in_class
 
 FIELDS = (
     *("kind", "height", "width", "depth", "stages"),
-    *("n", "k", "bits", "group", "asym", "row_kind", "row_group", "parts"),
+    *("n", "k", "bits", "group", "asym", "row_kind", "row_group", "parts", "lead"),
 )
 """What a class is compiled for: kind of body, rows and columns of a tile, channels of a step and steps in flight; the
 matrix; weight bits, group (0: per channel), zero points; which rows it reads, whether they have a scale per group; and
-into how many parts k is split."""
+into how many parts k is split. An expert of its own size, which sees every token, has a `lead`: the k of the others, 0
+for these. Between the GEMMs its rows lie behind theirs, from a multiple of 16 rows on, in the order of tokens."""
 KIND = tl.constexpr(0)
 HEIGHT = tl.constexpr(1)
 WIDTH = tl.constexpr(2)
@@ -36,6 +37,7 @@ ASYM = tl.constexpr(9)
 ROW_KIND = tl.constexpr(10)
 ROW_GROUP = tl.constexpr(11)
 PARTS = tl.constexpr(12)
+LEAD = tl.constexpr(13)
 
 DENSE, NIBBLES, WIDE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Kinds of bodies."""
@@ -198,7 +200,7 @@ def _tile(
     expert = tl.load(band_ptr + band)
     row = tl.load(band_ptr + bands + band) + tl.arange(0, BM)
     inside = tl.arange(0, BM) < tl.load(band_ptr + 2 * bands + band)
-    if GATHER:
+    if GATHER or S[LEAD]:
         flat = tl.load(row_of + row, mask=inside, other=0)
         source = tl.where(flat < assignments, flat // TOP_K, (flat - assignments) % tl.maximum(tokens, 1))
     else:
@@ -206,6 +208,10 @@ def _tile(
     source = source.to(tl.int64)
     x = xs[S[ROW_KIND]]
     x_scale = x_scales[S[ROW_KIND]]
+    beyond = tl.full((), 0, tl.int64) + (assignments + 15) // 16 * 16
+    if S[LEAD] and not GATHER:
+        x += beyond * S[LEAD]
+        x_scale += beyond * ((S[LEAD] + 127) // 128 if S[ROW_GROUP] else 1)
     first = (column // S[PARTS]) * S[WIDTH]
     part = column % S[PARTS]
     acc = _sums(
@@ -231,7 +237,11 @@ def _tile(
     elif ACT != "none":
         y = _pointwise(y, ACT)
     n = first + tl.arange(0, S[WIDTH])
-    to = y_ptr + part * part_stride + row.to(tl.int64)[None, :] * LD + n[:, None]
+    if S[LEAD] and GATHER:
+        at_row = beyond * LD + source * S[N]
+    else:
+        at_row = row.to(tl.int64) * LD
+    to = y_ptr + part * part_stride + at_row[None, :] + n[:, None]
     mask = inside[None, :] & (n < S[N])[:, None]
     tl.store(to, cast(y, y_ptr.dtype.element_ty, PTX), mask=mask)
 

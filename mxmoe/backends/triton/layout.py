@@ -200,8 +200,21 @@ class Arena:
         return Quantized(scheme, unpack_payload(codes.clone(), scheme, self.n, self.k), *metas)
 
 
-def allocate_arena(n: int, k: int, schemes: Sequence[Scheme], matrices: int, device: torch.device | str) -> Arena:
-    """Make room for every matrix; `put` fills it."""
+def allocate_arena(n: int, k: int, schemes: Sequence[Scheme], matrices: int, room: torch.device | str | Tensor) -> Arena:
+    """Make room for every matrix, on a device or in `arena_bytes` of a larger room; `put` fills it."""
+    starts, size = _starts(n, k, schemes, matrices)
+    data = room if isinstance(room, Tensor) else torch.zeros(size, dtype=torch.uint8, device=room)
+    base = torch.tensor(starts, dtype=torch.int64).view(matrices, len(schemes), 3)
+    return Arena(n, k, tuple(schemes), matrices, data, base.to(data.device), tuple(starts))
+
+
+def arena_bytes(n: int, k: int, schemes: Sequence[Scheme], matrices: int) -> int:
+    """Bytes of an arena; a multiple of ALIGN."""
+    return _starts(n, k, schemes, matrices)[1]
+
+
+def _starts(n: int, k: int, schemes: Sequence[Scheme], matrices: int) -> tuple[list[tuple[int, int, int]], int]:
+    """Bytes at which payload, scales and zero points of every matrix begin, and where all end."""
     starts: list[tuple[int, int, int]] = []
     end = 0
     for _ in range(matrices):
@@ -213,9 +226,7 @@ def allocate_arena(n: int, k: int, schemes: Sequence[Scheme], matrices: int, dev
                 at.append(end)
                 end += -(-size // ALIGN) * ALIGN
             starts.append((at[0], at[1], at[2]))
-    base = torch.tensor(starts, dtype=torch.int64).view(matrices, len(schemes), 3)
-    data = torch.zeros(end + ALIGN, dtype=torch.uint8, device=device)
-    return Arena(n, k, tuple(schemes), matrices, data, base.to(device), tuple(starts))
+    return starts, end + ALIGN
 
 
 def put(arena: Arena, matrix: int, lane: int, q: Quantized) -> None:

@@ -96,6 +96,8 @@ class Gemm:
     """[expert]."""
     gated: bool = False
     """Two matrices over the same rows, joined by the nonlinearity."""
+    always: tuple[int, int] | None = None
+    """n and k of the last expert, where that one sees every token and has a size of its own."""
 
     @property
     def distinct(self) -> tuple[Scheme, ...]:
@@ -117,20 +119,25 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
     """
     distinct, kinds = gemm.distinct, gemm.row_kinds
     rows: list[tuple[float, TileClass, tuple[int, ...]]] = []
-    for group, scheme in enumerate(distinct):
+    first = gemm.schemes if gemm.always is None else gemm.schemes[:-1]
+    sizes = [(scheme, gemm.n, gemm.k, 0) for scheme in distinct if scheme in first]
+    groups = tuple([one[0] for one in sizes].index(scheme) for scheme in first)
+    if gemm.always is not None:
+        groups += (len(sizes),)
+        sizes.append((gemm.schemes[-1], *gemm.always, gemm.k))
+    for group, (scheme, n, k, lead) in enumerate(sizes):
         shape = config.shape(scheme)
-        columns = -(-gemm.n // shape.width) * shape.parts
+        columns = -(-n // shape.width) * shape.parts
         for height in shape.heights:
             spec = (
                 KINDS.index(body_of(scheme) or ""),
-                *(height, shape.width, shape.depth, _stages(shape, scheme, gemm.k), gemm.n, gemm.k, scheme.weight_bits),
+                *(height, shape.width, shape.depth, _stages(shape, scheme, k), n, k, scheme.weight_bits),
                 *(scheme.group_size or 0, int(not scheme.symmetric), kinds.index(RowKind.of(scheme))),
-                *(int(scheme.act_group_size is not None), shape.parts),
+                *(int(scheme.act_group_size is not None), shape.parts, lead),
             )
-            time = tile_time(scheme, height, shape.width, gemm.k // shape.parts)
+            time = tile_time(scheme, height, shape.width, k // shape.parts)
             rows.append((time, TileClass(group, height, columns), spec))
     rows.sort(key=lambda row: -row[0])
-    groups = tuple(distinct.index(scheme) for scheme in gemm.schemes)
     return Tiling(tuple(row[1] for row in rows), groups), tuple(row[2] for row in rows)
 
 
