@@ -29,12 +29,27 @@ def _round_e4m3(x: tl.tensor) -> Any:
 
 
 @triton.jit
+def _divide(x: tl.tensor, by: tl.tensor, inverse: tl.tensor) -> tl.tensor:
+    """
+    x / by, correctly rounded, from the correctly rounded inverse: one step of Markstein's, three operations.
+
+    P. Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990, theorem 8.1; for
+    quotients below 2^9, as here, nothing overflows, and what underflows rounds to code 0.
+    """
+    near = x * inverse
+    return tl.fma(tl.fma(-near, by, x), inverse, near)
+
+
+@triton.jit
 def _quantize(x: tl.tensor, WAY: tl.constexpr, STEPS: tl.constexpr, PTX: tl.constexpr) -> Any:
     """Rows of a 2-d tile -> (codes before their cast, scale per row), as `mxmoe.quant.quantize_activation` does."""
     largest = tl.max(tl.abs(x), 1)
     broken = tl.sum(((x != x) | (tl.abs(x) == float("inf"))).to(tl.int32), 1) > 0
     scale = tl.where(largest > 0.0, tl.maximum(tl.div_rn(largest, STEPS), 2.0**-126), 1.0)
-    ratio = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    if PTX:
+        ratio = _divide(x, scale[:, None], tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None])
+    else:
+        ratio = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
     ratio = tl.where((ratio == ratio) & ~broken[:, None], ratio, 0.0)
     if WAY == INTEGER:
         ratio = _round(tl.minimum(tl.maximum(ratio, -STEPS), STEPS))

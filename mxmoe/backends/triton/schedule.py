@@ -28,15 +28,15 @@ from mxmoe.backends.triton.dispatch import Dispatch, Tables, power_of_two_from
 from mxmoe.backends.triton.interpreter import mend_interpreter
 from mxmoe.errors import BadDispatch
 
-FEW_ASSIGNMENTS = 4096
+FEW_ASSIGNMENTS = 2048
 """Up to here one launch: its work is the square of the assignments."""
 FEW_ROWS, FEW_CHUNK = 32, 256
 """Flat rows of a program that places few, and assignments that it compares them with at a time."""
-MANY_ROWS, MANY_CHUNK, MANY_BLOCKS = 512, 16, 16
-"""Assignments of a block, those compared at a time, and blocks summed at a time where there are many."""
+MANY_ROWS, MANY_CHUNK, MANY_COUNTS = 256, 32, 2048
+"""Assignments of a block, those compared at a time, and counts of blocks summed at a time where there are many."""
 PARTS = 8
 """Programs that share the bands where there are many rows."""
-NUM_WARPS = 8
+FEW_WARPS, MANY_WARPS = 8, 4
 
 mend_interpreter()
 
@@ -352,23 +352,23 @@ def build(tables: Tables, top_k_index: Tensor) -> None:
     _check(tables, top_k_index)
     arguments = few_arguments(tables, top_k_index)
     if not tables.scratch.numel():
-        _launch(few_kernel, few_programs(dispatch), *arguments)
+        _launch(FEW_WARPS, few_kernel, few_programs(dispatch), *arguments)
         return
     blocks = -(-dispatch.assignments // MANY_ROWS)
     always_blocks = -(-dispatch.always * dispatch.tokens // MANY_ROWS)
     sizes = (dispatch.experts, dispatch.always, dispatch.expert_width)
     _launch(
-        *(count_kernel, blocks, top_k_index, tables.scratch),
+        *(MANY_WARPS, count_kernel, blocks, top_k_index, tables.scratch),
         *(dispatch.assignments, dispatch.tokens, *sizes, MANY_ROWS),
     )
     _launch(
-        *(many_kernel, PARTS + blocks + always_blocks, *arguments[:3], tables.scratch, *arguments[3:8], blocks),
-        *(*arguments[8:14], MANY_ROWS, MANY_CHUNK, MANY_BLOCKS, PARTS),
+        *(MANY_WARPS, many_kernel, PARTS + blocks + always_blocks, *arguments[:3], tables.scratch, *arguments[3:8], blocks),
+        *(*arguments[8:14], MANY_ROWS, MANY_CHUNK, max(16, MANY_COUNTS // dispatch.expert_width), PARTS),
     )
 
 
-def _launch(kernel: Any, programs: int, *arguments: object) -> None:  # noqa: ANN401  # Triton's kernels are untyped
-    kernel[(programs,)](*arguments, num_warps=NUM_WARPS)
+def _launch(warps: int, kernel: Any, programs: int, *arguments: object) -> None:  # noqa: ANN401  # Triton's kernels are untyped
+    kernel[(programs,)](*arguments, num_warps=warps)
 
 
 def _check(tables: Tables, index: Tensor) -> None:

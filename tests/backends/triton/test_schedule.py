@@ -265,7 +265,7 @@ def test_kernels_compile_without_local_memory_to_speak_of(arch: int, name: str) 
     kinds = {one: "constexpr" if one in sizes else "*i32" if one.endswith("_ptr") else "i32" for one in names}
     kinds["index_ptr"] = "*i64"
     chosen = {one: sizes[one] for one in names if one in sizes}
-    binary = compile_ahead(kernel, kinds, chosen, arch=arch, num_warps=schedule.NUM_WARPS)
+    binary = compile_ahead(kernel, kinds, chosen, arch=arch, num_warps=schedule.FEW_WARPS if kernel is schedule.few_kernel else schedule.MANY_WARPS)
     assert binary.facts().stack_bytes <= 16
 
 
