@@ -260,12 +260,13 @@ def test_kernels_in_the_interpreter() -> None:
 def test_kernels_compile_without_local_memory_to_speak_of(arch: int, name: str) -> None:
     kernel = getattr(schedule, name)
     sizes = {"E": 60, "ALWAYS": 1, "EP": 64, "CP": 8, "HEAD": 160, "SETS": 2, "ROWS": 32, "COUNT": 4096}
-    sizes |= {"CHUNK": 256 if name == "few_kernel" else 16, "BLOCK": 512, "BLOCKS": 16, "PART_COUNT": 8}
+    sizes |= {"CHUNK": 256 if name == "few_kernel" else 32, "BLOCK": 256, "BLOCKS": 32, "PART_COUNT": 8}
     names = kernel.arg_names
     kinds = {one: "constexpr" if one in sizes else "*i32" if one.endswith("_ptr") else "i32" for one in names}
     kinds["index_ptr"] = "*i64"
     chosen = {one: sizes[one] for one in names if one in sizes}
-    binary = compile_ahead(kernel, kinds, chosen, arch=arch, num_warps=schedule.FEW_WARPS if kernel is schedule.few_kernel else schedule.MANY_WARPS)
+    warps = schedule.FEW_WARPS if name == "few_kernel" else schedule.MANY_WARPS
+    binary = compile_ahead(kernel, kinds, chosen, arch=arch, num_warps=warps)
     assert binary.facts().stack_bytes <= 16
 
 
