@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import accuracy
+import accuracy_speed
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -184,3 +185,12 @@ def test_a_short_run_measures_and_writes_the_page(tmp_path: Path) -> None:
     assert "nan" not in page
     assert (tmp_path / "images" / "accuracy-ranks.png").stat().st_size > 1000
     assert len(Table.read(tmp_path / "accuracy.csv").lines) == len(rows)
+
+
+def test_the_observation_gives_what_full_passes_give(tmp_path: Path) -> None:
+    accuracy_speed.main(["--smoke", "--results", str(tmp_path), "--schemes", "w4a16_g128_asym", "w2a16_g128_asym"])
+    figures = json.loads((tmp_path / "accuracy_speed.json").read_text())["figures"]
+    assert figures["full passes of the definition"] == 5 * 3 * 2
+    assert len(figures["sampled"]) == 2
+    for one in figures["sampled"]:
+        assert math.isclose(one["observed"], one["squared_change"], rel_tol=2e-3)
