@@ -2,10 +2,14 @@
 The inner loops of the group GEMM, one for each way of holding weights; all compute Y^T = W X^T for one tile.
 
 The weight is the first operand, so that decoded weights go to the matrix unit from registers, and tokens are the short
-side of the product: 16 is a legal width on every machine. A tile is BN rows of weights by BM rows of tokens; with a gate
-the first half of the weights' rows are gate's and the second half up's. Every loop returns float32 sums [BN, BM] that
-still want the scales that are constant along k.
+side of the product: 16 is a legal width on every machine. A tile is BN rows of weights by BM rows of tokens; with a
+gate the first half of the weights' rows are gate's and the second half up's. Every loop returns float32 sums [BN, BM]
+that still want the scales that are constant along k.
 """
+
+# what is compiled is not what Triton's stubs describe: constants are their values, types are known
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -185,8 +189,9 @@ def nibbles(
 
 @triton.jit
 def _decoded(
-    value: tl.tensor, at_s: tl.tensor, at_z: tl.tensor, group0: tl.tensor, BITS: tl.constexpr, GROUP: tl.constexpr, ASYM: tl.constexpr, BN: tl.constexpr,
-    DTYPE: tl.constexpr, PTX: tl.constexpr,
+    value: tl.tensor, at_s: tl.tensor, at_z: tl.tensor, group0: tl.tensor,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ASYM: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Codes [n, 64] as numbers -> weights in DTYPE, but for a scale that is constant along k; `group0`: first group."""
     OWN: tl.constexpr = value.dtype

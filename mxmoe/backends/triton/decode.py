@@ -6,6 +6,10 @@ of the unit, lowest bits first, so that each *part* of a unit is an operand of 6
 their high bits and two units of their low two bits; `layout.py` writes all of this and reads it back.
 """
 
+# what is compiled is not what Triton's stubs describe: constants are their values, types are known
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -115,7 +119,7 @@ def float_codes(codes: tl.tensor, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: 
     """
     uint8 codes below 2^BITS -> the same numbers in bf16 or fp16; exact.
 
-    The interpreter has no bf16 arithmetic: without PTX it is float32 here, and what follows is rounded once, at its end.
+    The interpreter has no bf16 arithmetic: without PTX it is float32 here, and what follows is rounded once.
     """
     if not PTX:
         value = codes.to(tl.float32)
