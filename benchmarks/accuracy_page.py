@@ -73,10 +73,14 @@ def write_page(results: Path, docs: Path) -> None:
     drawn = {PICTURES[1]: draw_ranks(table)} | ({PICTURES[0]: overview} if overview is not None else {})
     for name, figure in drawn.items():
         save_figure(figure, images / name)
-    write_whole(docs / "accuracy.md", render(table, about, sorted(drawn)))
+    timed = results / "accuracy_speed.json"
+    speed = json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else None
+    write_whole(docs / "accuracy.md", render(table, about, sorted(drawn), speed))
 
 
-def render(table: Table, about: Mapping[str, Any], pictures: Sequence[str]) -> str:
+def render(
+    table: Table, about: Mapping[str, Any], pictures: Sequence[str], speed: Mapping[str, Any] | None = None
+) -> str:
     """Put the page together."""
     judged = claims(table)
     summary = markdown(
@@ -102,7 +106,10 @@ def render(table: Table, about: Mapping[str, Any], pictures: Sequence[str]) -> s
             parts += [f"## Allocators, {quantizer}", "Held-out perplexity.", found]
     for setting in ("2.25", "w5a5"):
         parts += [f"## Every measure, {setting}, gptq", measures_table(table, setting)]
-    parts += ["## Time and memory", cost_table(table), _phases(about), _limits(table, about).rstrip()]
+    parts += ["## Time and memory", cost_table(table), _phases(about)]
+    if speed is not None:
+        parts += ["## A whole layer of Qwen1.5-MoE's shape", speed_text(speed)]
+    parts.append(_limits(table, about))
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
@@ -189,6 +196,28 @@ def cost_table(table: Table) -> str:
     head = ["model", "quantizer", "plans", "quantize, all schemes, s", "observe, s", "solve, s", "measure, s"]
     text = "Quantizing includes collecting Hessians; a shelf of codes and an observation serve all plans of a seed.\n\n"
     return text + markdown([*head, "peak GB, prepare", "peak GB, measure"], rows)
+
+
+def speed_text(speed: Mapping[str, Any]) -> str:
+    """Say how long the accuracy path takes on one large layer."""
+    figures = speed["figures"]
+    shape, seconds, peaks = figures["shape"], figures["seconds"], figures["peak_gb"]
+    rows = [[name, f"{value:.2f}", f"{peaks[name]:.1f}"] for name, value in seconds.items()]
+    sampled = [
+        [f"{x['role']}, {x['scheme']}", f"{x['seconds']:.3f}", f"{x['squared_change']:.5g}", f"{x['observed']:.5g}"]
+        for x in figures["sampled"]
+    ]
+    return (
+        f"{shape['num_experts']} experts of {shape['hidden_size']} x {shape['moe_intermediate_size']} and a shared one of"
+        f" {shape['shared_expert_intermediate_size']}, {figures['tokens']:,} tokens, {len(figures['schemes'])} schemes;"
+        f" {figures['gpu']}, by\n`{speed['command']}`.\n\n"
+        + markdown(["", "seconds", "peak GB"], rows)
+        + f"\n\nBy the definition, a full pass of the block for every (expert, role, scheme) takes"
+        f" {figures['full passes of the definition']:,} passes of\n{figures['seconds of one, median']:.3f} s,"
+        f" {figures['seconds of all, extrapolated']:.0f} s in all: {figures['times less time']:.0f} times the"
+        " observation. Passes that were run, and what the\nobservation says of the same linear:\n\n"
+        + markdown(["pass", "seconds", "squared change of the output", "observed"], sampled)
+    )
 
 
 def _phases(about: Mapping[str, Any]) -> str:

@@ -2,10 +2,11 @@
 Seconds of the accuracy path on a whole layer of Qwen1.5-MoE's shape, against the definition executed as it is written.
 
 60 routed experts, hidden 2048, intermediate 1408, top-4, a shared expert of 5632; 128 sequences of 4096 tokens,
-random weights and normal hidden states in bf16. Measured: one observation, which gives the sensitivity of every scheme of every
-linear; Hessians of all experts; GPTQ of all experts in three schemes. The definition is a full pass of the block over
-all tokens for every (expert, role, scheme), with that one linear quantized: some of these passes are run and timed, and
-their change of the output is held against the observation's figure. Writes `benchmarks/results/accuracy_speed.json`.
+random weights and normal hidden states in bf16. Measured: one observation, which gives the sensitivity of every scheme
+of every linear; Hessians of all experts; GPTQ of all experts in three schemes. The definition is a full pass of the
+block over all tokens for every (expert, role, scheme), with that one linear quantized: some of these passes are run and
+timed, and their change of the output is held against the observation's figure.
+Writes `benchmarks/results/accuracy_speed.json`.
 
     python benchmarks/accuracy_speed.py --device cuda
     python benchmarks/accuracy_speed.py --smoke
@@ -61,7 +62,8 @@ def build(shape: dict[str, int], device: torch.device) -> Qwen2MoeSparseMoeBlock
     """Make the block with random weights of unit gain."""
     torch.manual_seed(0)
     # of what transformers has, the fastest: the definition's passes shall not be slow for want of a kernel
-    config = Qwen2MoeConfig(**shape, experts_implementation="grouped_mm" if device.type == "cuda" else "eager")
+    how: dict[str, Any] = {"experts_implementation": "grouped_mm" if device.type == "cuda" else "eager"}
+    config = Qwen2MoeConfig(**shape, **how)
     with torch.device(device):
         block = Qwen2MoeSparseMoeBlock(config)
     with torch.no_grad():
