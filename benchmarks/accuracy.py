@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from accuracy_bank import Layout
 from accuracy_plans import SETTINGS, Allocator, Job, jobs
-from accuracy_subject import BEGAN, TEXTS, AlphaFacts, Phases, Subject, say
+from accuracy_subject import BEGAN, TEXTS, AlphaFacts, Phases, Subject, say, spoken
 from common import RESULTS, circumstances
 from torch import Tensor, nn
 
@@ -217,8 +217,11 @@ class Study:
         return {
             "benchmark": "accuracy",
             **circumstances(),
+            "command": spoken("accuracy.py", self.options.command),
             "gpu": gpu,
-            "arguments": {key: str(value) for key, value in vars(self.options).items()},
+            "arguments": {
+                key: getattr(self.options, key) for key in ("seeds", "tokens", "calibration", "window", "batch")
+            },
             "model": {key: trained[key] for key in known if key in trained},
             "quantizers": {"rtn": "rtn", "gptq": f"{self.options.gptq} for weights alone, gptq else"},
             "texts": {name: len(ids) - 1 for name, ids in self.texts.items()},
@@ -282,7 +285,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--docs", type=Path, default=Path(__file__).parent.parent / "docs")
     options = parser.parse_args(arguments)
-    options.folder = options.folder or FOLDER
+    options.folder, options.command = options.folder or FOLDER, list(arguments)
     if options.smoke:
         options.device, options.seeds, options.seconds = "cpu", 1, max(options.seconds, 600.0)
         options.tokens, options.calibration, options.window, options.batch = 256, 1024, 128, 4

@@ -208,9 +208,9 @@ def speed_text(speed: Mapping[str, Any]) -> str:
         for x in figures["sampled"]
     ]
     return (
-        f"{shape['num_experts']} experts of {shape['hidden_size']} x {shape['moe_intermediate_size']} and a shared one of"
-        f" {shape['shared_expert_intermediate_size']}, {figures['tokens']:,} tokens, {len(figures['schemes'])} schemes;"
-        f" {figures['gpu']}, by\n`{speed['command']}`.\n\n"
+        f"{shape['num_experts']} experts of {shape['hidden_size']} x {shape['moe_intermediate_size']} and a shared one"
+        f" of {shape['shared_expert_intermediate_size']}, {figures['tokens']:,} tokens,"
+        f" {len(figures['schemes'])} schemes; {figures['gpu']}, by\n`{speed['command']}`.\n\n"
         + markdown(["", "seconds", "peak GB"], rows)
         + f"\n\nBy the definition, a full pass of the block for every (expert, role, scheme) takes"
         f" {figures['full passes of the definition']:,} passes of\n{figures['seconds of one, median']:.3f} s,"
@@ -253,7 +253,7 @@ def draw_bits(table: Table, about: Mapping[str, Any]) -> Figure | None:
     same = {"model": "study", "quantizer": "gptq"}
     uniform = [
         Point(scheme, line.number("weight_bits"), line.number("held_ppl"))
-        for setting in MIXED
+        for setting in WEIGHT_ONLY_SETTINGS
         for scheme in SETTINGS[setting].uniform
         for line in table.pick(setting=setting, method=f"all {scheme}", seed=0, **same)
     ]

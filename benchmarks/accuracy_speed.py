@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accuracy_subject import Phases
-from common import circumstances, write_result
+from accuracy_subject import Phases, spoken
+from common import RESULTS, circumstances
 from torch import Tensor
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--smoke", action="store_true", help="a small layer and few tokens, on a CPU")
-    parser.add_argument("--results", type=Path, help="folder for the result, in place of benchmarks/results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if options.smoke:
         options.device, options.sequences, options.length = "cpu", 2, 64
@@ -171,16 +171,11 @@ def main(arguments: Sequence[str]) -> None:
         "times less time": each * count / phases.seconds["observe"],
         "sampled": sampled,
     }
-    if options.results is None:
-        write_result("accuracy_speed", figures)
-    else:
-        _write_elsewhere(options.results, figures)
-
-
-def _write_elsewhere(folder: Path, figures: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = {"benchmark": "accuracy_speed", **circumstances(), "figures": figures}
-    write_whole(folder / "accuracy_speed.json", json.dumps(whole, indent=1) + "\n")
+    command = spoken("accuracy_speed.py", arguments)
+    whole = {"benchmark": "accuracy_speed", **circumstances(), "command": command, "figures": figures}
+    options.results.mkdir(parents=True, exist_ok=True)
+    write_whole(options.results / "accuracy_speed.json", json.dumps(whole, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

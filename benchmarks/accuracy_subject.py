@@ -8,9 +8,10 @@ import argparse
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -72,6 +73,18 @@ class Phases:
 def say(line: str) -> None:
     """Print a line with the time since the start."""
     print(f"[{time.monotonic() - BEGAN:6.1f}] {line}", flush=True)
+
+
+def spoken(script: str, arguments: Sequence[str]) -> str:
+    """Write a command without the places of one machine: where results went, and the folders above what was read."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in ("--results", "--docs"):
+            next(words, None)
+        else:
+            kept.append(Path(word).name if "/" in word else word)
+    return " ".join(["python", f"benchmarks/{script}", *kept])
 
 
 class AlphaFacts:
