@@ -23,7 +23,7 @@ from mxmoe.errors import (
     StructureMismatch,
     UnsupportedScheme,
 )
-from mxmoe.frontend import BankRun, Lifted, LiftedBlock, lift, replace_banks
+from mxmoe.frontend import BankRun, JoinedCalls, Lifted, LiftedBlock, join_calls, lift, replace_banks
 from mxmoe.ir import GroupGemmOp, ModuleOp, Plan, Scheme, banks, moe_ops, parse_ir
 from mxmoe.quant import Packed, PackedWeights
 from mxmoe.registry import near_names
@@ -64,9 +64,9 @@ class Compilation:
 class CompiledBank:
     """One bank of a compiled block, in the form in which a bank is put in place of its experts."""
 
-    def __init__(self, executable: Executable, bank: str) -> None:
-        """Bind a bank of an executable."""
-        self.executable, self.bank = executable, bank
+    def __init__(self, executable: Executable, bank: str, joined: JoinedCalls | None = None) -> None:
+        """Bind a bank of an executable; `joined` may run it together with another."""
+        self.executable, self.bank, self.joined = executable, bank, joined
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Run the bank: [tokens, hidden] -> [tokens, hidden]; see `Executable`."""
@@ -76,6 +76,8 @@ class CompiledBank:
             # kernels are no torch: the graph breaks around them
             opaque: Executable = torch.compiler.disable(self.executable)  # pyright: ignore[reportAssignmentType]
             return opaque(self.bank, hidden, top_k_index, top_k_weights)
+        if self.joined is not None and self.bank == "routed":
+            return self.joined.routed(hidden, top_k_index, top_k_weights)
         return self.executable(self.bank, hidden, top_k_index, top_k_weights)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -139,8 +141,10 @@ def make_backend(target: Target) -> Backend:
 def install(lifted: Lifted, made: Compilation) -> nn.Module:
     """Replace the banks of a lifted module by executables, and give the plan and its company to what is returned."""
 
+    joined = join_calls(lifted, made.executables)
+
     def run(block: LiftedBlock, bank: str) -> BankRun:
-        return CompiledBank(made.executables[block.name], bank)
+        return CompiledBank(made.executables[block.name], bank, joined.get(block.name))
 
     root = replace_banks(lifted, run).root
     if not is_model(lifted):

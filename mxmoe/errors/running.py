@@ -214,6 +214,15 @@ class StructureMismatch(MxmoeError):
     message = "the module does not have the structure that was compiled: {reason}; pass one made from the same config"
 
 
+class SharedLeftOut(MxmoeError):
+    """A call of a block that gave out its shared expert's result and never got to computing it."""
+
+    message = (
+        "the shared expert of {block} was to run with its routed experts, and {reason}; call both in one forward of "
+        "the block and with the same tokens, as its first call did"
+    )
+
+
 class NotSavedHere(MxmoeError):
     """A compiled model asked to save itself by its library, which would leave its experts out."""
 

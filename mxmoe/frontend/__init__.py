@@ -1,6 +1,7 @@
 """Lifting the experts of a torch module into the IR, and putting compiled ones back in their place."""
 
 from mxmoe.frontend.families import FAMILIES, REFUSED, Family
+from mxmoe.frontend.joined import JoinedCalls, join_calls
 from mxmoe.frontend.lift import lift
 from mxmoe.frontend.lifted import BankKind, Lifted, LiftedBank, LiftedBlock
 from mxmoe.frontend.report import LiftReport, Skipped, Taken
@@ -14,6 +15,7 @@ __all__ = [
     "BankRun",
     "ExpertViews",
     "Family",
+    "JoinedCalls",
     "LiftReport",
     "Lifted",
     "LiftedBank",
@@ -22,6 +24,7 @@ __all__ = [
     "Skipped",
     "Taken",
     "expert_views",
+    "join_calls",
     "lift",
     "replace_banks",
 ]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mxmoe.frontend.joined import JoinedCalls
 from mxmoe.frontend.lifted import Lifted, LiftedBank, LiftedBlock
 from mxmoe.frontend.structure import entries_of
 
@@ -131,6 +132,9 @@ class ExpertCall(_Call):
     def forward(self, x: Tensor) -> Tensor:
         """Send every row to this expert with weight one."""
         rows = x.reshape(-1, self.hidden)
+        joined: JoinedCalls | None = getattr(self.run, "joined", None)
+        if joined is not None and (out := joined.shared(rows, is_watched=bool(self._forward_hooks))) is not None:
+            return out.reshape(x.shape)
         index = torch.full((len(rows), 1), self.expert, device=x.device)
         return self.run(rows, index, torch.ones_like(index, dtype=x.dtype)).reshape(x.shape)
 

@@ -94,9 +94,9 @@ class Tiling:
     def most_tiles(self, assignments: int, tokens: int, experts: int) -> int:
         """Bound on the tiles of any routing: every band of routed experts as wide as the widest of theirs."""
         wide = {one.group: one.n_tiles for one in sorted(self.classes, key=lambda one: one.n_tiles)}
-        routed = self._most_routed(assignments, experts) * max((wide[group] for group in self.group[:experts]), default=0)
+        widest = max((wide[group] for group in self.group[:experts]), default=0)
         always = zip(self._always(tokens, experts), self.group[experts:], strict=True)
-        return routed + sum(bands * wide[group] for bands, group in always)
+        return self._most_routed(assignments, experts) * widest + sum(bands * wide[group] for bands, group in always)
 
     def _most_routed(self, assignments: int, experts: int) -> int:
         least = min((self.heights[group][-1] for group in self.group[:experts]), default=1)

@@ -2,8 +2,8 @@
 A routed bank and a shared expert in the same launches.
 
 The shared expert is one more lane of the schedule, which sees every token, and keeps its own width: classes of tiles
-carry their sizes. Between the GEMMs its rows lie behind the routed ones, whole: what is quantized per token has one scale
-for all of its channels, as when the expert runs by itself.
+carry their sizes. Between the GEMMs its rows lie behind the routed ones, whole: what is quantized per token has one
+scale for all of its channels, as when the expert runs by itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ JOINED = ("routed", "shared")
 MOST_TOKENS = 1024
 """Tokens up to which banks run together; beyond, starting launches takes no part, and each has tiles of its own."""
 BEYOND = 16
-"""Rows; the shared expert's begin at a multiple, so that they are aligned as the routed ones are (see `kernels.LEAD`)."""
+"""Rows; the shared expert's begin at a multiple, aligned as the routed ones are (see `kernels.FIELDS`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +89,8 @@ class Joint:
         parts = max(configs[1].shape(scheme).parts for scheme in gemm.distinct)
         dtype = torch.float32 if parts > 1 else act.dtype
         y = torch.empty((parts, tables.dispatch.rows, gemm.n), dtype=dtype, device=act.device)
-        run_gemm(
-            self.down, configs[1], self._down_rows(act.view(-1), tables.dispatch), tables, 1, y, Epilogue(), gather=False
-        )
+        read = self._down_rows(act.view(-1), tables.dispatch)
+        run_gemm(self.down, configs[1], read, tables, 1, y, Epilogue(), gather=False)
         block = min(triton.next_power_of_2(gemm.n), 1024)
         kernels_joint.combine_both[(tokens, triton.cdiv(gemm.n, block))](
             y, tables.table("place_of"), weights, routed, shared, tokens * top_k, y.stride(0),

@@ -14,7 +14,8 @@ def prepare_both(
     x_ptr: tl.tensor, codes: tl.tensor, scales: tl.tensor, hadamard_ptr: tl.tensor, first: tl.tensor,
     wide_ptr: tl.tensor, wide_codes: tl.tensor, wide_scales: tl.tensor, wide_hadamard_ptr: tl.tensor,
     K: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, TURN: tl.constexpr,
-    WIDE_K: tl.constexpr, WIDE_BLOCK: tl.constexpr, WIDE_KINDS: tl.constexpr, WIDE_TURN: tl.constexpr, PTX: tl.constexpr,
+    WIDE_K: tl.constexpr, WIDE_BLOCK: tl.constexpr, WIDE_KINDS: tl.constexpr, WIDE_TURN: tl.constexpr,
+    PTX: tl.constexpr,
 ) -> None:  # fmt: skip
     """Prepare `first` rows of K channels, and behind them rows of WIDE_K, one program each; see `prepare_row`."""
     program = tl.program_id(0)

@@ -200,7 +200,9 @@ class Arena:
         return Quantized(scheme, unpack_payload(codes.clone(), scheme, self.n, self.k), *metas)
 
 
-def allocate_arena(n: int, k: int, schemes: Sequence[Scheme], matrices: int, room: torch.device | str | Tensor) -> Arena:
+def allocate_arena(
+    n: int, k: int, schemes: Sequence[Scheme], matrices: int, room: torch.device | str | Tensor
+) -> Arena:
     """Make room for every matrix, on a device or in `arena_bytes` of a larger room; `put` fills it."""
     starts, size = _starts(n, k, schemes, matrices)
     data = room if isinstance(room, Tensor) else torch.zeros(size, dtype=torch.uint8, device=room)

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from mxmoe.backends.eager import EagerBackend
@@ -43,7 +41,10 @@ def make(
 ) -> tuple[ModuleOp, Weights]:  # fmt: skip
     """Draw a block of two banks; the shared expert takes the last scheme, the routed ones take turns."""
     shapes: list[BankShape] = []
-    for name, experts, top_k, width, kind in (("routed", EXPERTS, TOP_K, narrow, act[0]), ("shared", 1, 1, wide, act[1])):
+    for name, experts, top_k, width, kind in (
+        ("routed", EXPERTS, TOP_K, narrow, act[0]),
+        ("shared", 1, 1, wide, act[1]),
+    ):
         names = {role: f"mlp.{name}.{role}" for role in ("gate", "up", "down")}
         biases = {role: f"{one}.bias" for role, one in names.items()} if has_bias else {}
         shapes.append(BankShape(name, experts, top_k, width, kind, True, names, biases))  # pyright: ignore
