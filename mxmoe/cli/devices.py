@@ -82,9 +82,17 @@ def _profile(arguments: argparse.Namespace) -> int:
         tuned = Path(arguments.tuned) if arguments.tuned else None
         sys.stdout.write(profile_launches(measured, tuned, **words) + "\n")
     if not arguments.measure_only:
-        from mxmoe.cost import fit_file
-
-        profile = fit_file(measured, target.device)
-        write_whole(arguments.out, profile.dumps())
-        sys.stdout.write(f"{profile.about}\nwritten to {arguments.out}\n")
+        sys.stdout.write(_fit(arguments, measured, target.device) + "\n")
     return 0
+
+
+def _fit(arguments: argparse.Namespace, measured: Path, device_name: str) -> str:
+    from mxmoe.backends.triton import profiled_launches
+    from mxmoe.cost import Observation, fit_profile
+    from mxmoe.device import device
+
+    row = device(device_name)
+    tuned = Path(arguments.tuned) if arguments.tuned else None
+    observed = [Observation(*one) for one in profiled_launches(measured, tuned)]
+    write_whole(arguments.out, fit_profile(observed, row).dumps(row.sms))
+    return f"{len(observed)} launches fitted, written to {arguments.out}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -9,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mxmoe.cost.roofline import Roofline, check_depth
 from mxmoe.device import Device, unit_of
@@ -18,6 +22,7 @@ from mxmoe.ir import Scheme, Tile
 DATA = Path(__file__).parent / "data"
 """Folder of profiles, `<device>.json`; README.md there says what each field holds and where it is from."""
 _HEAD = ("device", "k", "slots", "fixed_us")
+_LAW = ("launch_us", "alone", "sharp")
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,26 @@ class TileTime:
     """With every weight read from memory: the expert has one row tile."""
     reuse_us: float | None
     """With weights from the cache: the expert has many row tiles; None where nobody measured it."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """How tiles that share the device become the time of a launch, fitted to measured launches."""
+
+    launch_us: float
+    """Of a launch without tiles."""
+    alone: float
+    """Time of the longest tile by itself, over that of one tile on each SM at once."""
+    sharp: float
+    """Exponent with which the spread work and the longest tile add up: 1 is their sum, inf the larger."""
+    mixed: Mapping[Scheme, tuple[float, float]] = field(default_factory=dict[Scheme, tuple[float, float]])
+    """Scheme -> what `stream_us` and `reuse_us` are multiplied by where other schemes are in the same launch."""
+
+    def launch(self, busy_us: float | NDArray[np.float64], longest_us: float | NDArray[np.float64]) -> Any:  # noqa: ANN401  # as given
+        """Microseconds of a launch: `busy_us` its work spread over all SMs, `longest_us` its longest tile."""
+        largest = np.maximum(np.maximum(busy_us, self.alone * longest_us), 1e-9)
+        shares = (busy_us / largest) ** self.sharp + (self.alone * longest_us / largest) ** self.sharp
+        return self.launch_us + largest * shares ** (1 / self.sharp)
 
 
 @dataclass(frozen=True)
@@ -47,6 +72,8 @@ class Profile:
     """Part of a tile's time that does not grow with k (prologue and epilogue); the rest is proportional to k."""
     rows: Mapping[Scheme, Mapping[Tile, TileTime]]
     """Scheme (16-bit activations without fp16 suffix: both kinds run at one rate) -> tile -> times."""
+    law: Law | None = None
+    """None where single tiles were measured, and no launches."""
 
     @classmethod
     def read(cls, path: Path) -> Profile:
@@ -67,13 +94,36 @@ class Profile:
         try:
             for scheme, tiles in fields["schemes"].items():
                 rows[Scheme.parse(scheme)] = {Tile.parse(tile): _tile_time(row) for tile, row in tiles.items()}
-            profile = cls(str(fields["device"]), int(fields["k"]), float(fields["fixed_us"]), rows)
+            law = _law(fields["law"]) if "law" in fields else None
+            profile = cls(str(fields["device"]), int(fields["k"]), float(fields["fixed_us"]), rows, law)
         except (MxmoeError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadProfile(path=path, reason=error) from error
         times = [time.stream_us for tiles in rows.values() for time in tiles.values()]
         if not times or not 0 <= profile.fixed_us < min(times) or profile.k < 1:
             raise BadProfile(path=path, reason="there must be times, all of them longer than fixed_us")
         return profile
+
+    def dumps(self, slots: int) -> str:
+        """Write as JSON, a tile a line, for a device of so many SMs."""
+        head: dict[str, Any] = {"device": self.device, "k": self.k, "slots": slots, "fixed_us": self.fixed_us}
+        if self.law is not None:
+            mixed = {str(scheme): list(factors) for scheme, factors in self.law.mixed.items()}
+            head["law"] = {**{name: getattr(self.law, name) for name in _LAW}, "mixed": mixed}
+        lines = [f'  "{name}": {json.dumps(value)}' for name, value in head.items()]
+        schemes: list[str] = []
+        for scheme, tiles in self.rows.items():
+            rows = [f'      "{tile}": {json.dumps(dataclasses.asdict(time))}' for tile, time in tiles.items()]
+            schemes.append(f'    "{scheme}": {{\n' + ",\n".join(rows) + "\n    }")
+        return "{\n" + ",\n".join([*lines, '  "schemes": {\n' + ",\n".join(schemes) + "\n  }"]) + "\n}\n"
+
+
+def _law(fields: Mapping[str, Any]) -> Law:
+    numbers = {name: float(fields[name]) for name in _LAW}
+    mixed = {Scheme.parse(name): (float(a), float(b)) for name, (a, b) in fields["mixed"].items()}
+    for value in (*numbers.values(), *(one for pair in mixed.values() for one in pair)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"a number of the law is {value}, not a positive number")
+    return Law(**numbers, mixed=mixed)
 
 
 def _tile_time(row: Mapping[str, float | None]) -> TileTime:
@@ -102,6 +152,8 @@ class Measured:
     """
 
     device: Device
+    mixed: bool = False
+    """Whether other schemes are in the same launch, for profiles that know what that costs."""
     name: ClassVar[str] = "measured"
     profile: Profile = field(init=False, repr=False, compare=False)
     roofline: Roofline = field(init=False, repr=False, compare=False)
@@ -125,7 +177,7 @@ class Measured:
         if source is None:
             return self.roofline.tile_us(scheme, tile, k, rows)
         near = min(self.profile.rows[source], key=lambda other: _distance(tile, other))
-        time, row_tiles = self.profile.rows[source][near], _row_tiles(rows, tile)
+        time, row_tiles = self._time(source, near), _row_tiles(rows, tile)
         if (source, near) == (_plain(scheme), tile):
             return self._measured_us(time, k, row_tiles)
 
@@ -148,6 +200,14 @@ class Measured:
         text = "measured" if source == _plain(scheme) else f"scaled from {source}"
         depth = self.profile.k
         return text if k in (None, depth) else f"{text} (k={k} from k={depth} by a fixed part and a slope)"
+
+    def _time(self, scheme: Scheme, tile: Tile) -> TileTime:
+        """Give the figures of a measured tile, in company where that is asked for."""
+        time, law = self.profile.rows[scheme][tile], self.profile.law
+        if not self.mixed or law is None:
+            return time
+        stream, reuse = law.mixed.get(scheme, (1.0, 1.0))
+        return TileTime(time.stream_us * stream, None if time.reuse_us is None else time.reuse_us * reuse)
 
     def _measured_us(self, time: TileTime, k: int, row_tiles: int) -> float:
         fixed, depth = self.profile.fixed_us, self.profile.k

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mxmoe.cost.measured import Measured
 from mxmoe.cost.model import CostModel
 from mxmoe.cost.roofline import check_depth
 from mxmoe.cost.schedule import Schedule, longest_first
@@ -109,7 +110,30 @@ def linear_cost_us(
 
 def predict_launch(model: CostModel, gemms: Sequence[Gemm]) -> Schedule:
     """Schedule all tiles of one launch, longest first, on the SMs of the model's device."""
-    durations: list[NDArray[np.float64]] = []
+    durations = [np.full(count, us) for count, us in _tiles_of(model, gemms)]
+    return longest_first(np.concatenate(durations) if durations else np.zeros(0), model.device.sms)
+
+
+def predict_launch_us(model: CostModel, gemms: Sequence[Gemm]) -> float:
+    """
+    Microseconds of one launch: by the law of a profile that has one, or to the end of the last wave.
+
+    A launch of several schemes costs what such launches were measured to cost, see `Law.mixed`.
+    """
+    law = model.profile.law if isinstance(model, Measured) else None
+    if law is None or not isinstance(model, Measured):
+        return predict_launch(model, gemms).makespan_us
+    present = {scheme for gemm in gemms for rows, scheme in zip(gemm.rows, gemm.schemes, strict=True) if rows}
+    tiles = _tiles_of(replace(model, mixed=len(present) > 1), gemms)
+    if not tiles:
+        return 0.0
+    busy = sum(count * us for count, us in tiles) / model.device.sms
+    return float(law.launch(busy, max(us for _, us in tiles)))
+
+
+def _tiles_of(model: CostModel, gemms: Sequence[Gemm]) -> list[tuple[int, float]]:
+    """(number, microseconds) of the tiles of every expert that has rows."""
+    found: list[tuple[int, float]] = []
     chosen: dict[tuple[Scheme, int, int, int], tuple[Tile | None, float]] = {}
     for gemm in gemms:
         for expert, (rows, scheme) in enumerate(zip(gemm.rows, gemm.schemes, strict=True)):
@@ -121,18 +145,18 @@ def predict_launch(model: CostModel, gemms: Sequence[Gemm]) -> Schedule:
             tile = gemm.tiles[expert] if gemm.tiles is not None else chosen[key][0]
             us = math.inf if tile is None else model.tile_us(scheme, tile, gemm.k, rows)
             count = 1 if tile is None else math.ceil(rows / tile.m) * math.ceil(gemm.n / tile.n)
-            durations.append(np.full(count, us))
-    return longest_first(np.concatenate(durations) if durations else np.zeros(0), model.device.sms)
+            found.append((count, us))
+    return found
 
 
 def predict_block_us(model: CostModel, launches: Sequence[Sequence[Gemm]]) -> float:
     """
-    Microseconds of a block: its launches one after the other, each to the end of its last wave.
+    Microseconds of a block: its launches one after the other, see `predict_launch_us`.
 
     The usual block has two launches, every bank's gate and up, then every bank's down (`block_launches`). Routing,
     the quantization of activations and the launches themselves are not in it; `inf` if a choice cannot run.
     """
-    return sum(predict_launch(model, gemms).makespan_us for gemms in launches)
+    return sum(predict_launch_us(model, gemms) for gemms in launches)
 
 
 def _charged(

@@ -1,8 +1,9 @@
 """
 The GPU backend: one grouped launch for experts of any mix of schemes, from a tile schedule built on the device.
 
-`layout` packs, `dispatch` and `schedule` say which program runs what, `bodies` multiply, `launch` strings them together;
-`tune` and `profile` measure them. Nothing here imports Triton before `compile`: without a GPU it must be told to interpret first.
+`layout` packs, `dispatch` and `schedule` say which program runs what, `bodies` multiply, `launch` strings them
+together; `tune` and `profile` measure. Nothing here imports Triton before `compile`: without a GPU it must be told to
+interpret first.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mxmoe.ir import ModuleOp, MoeOp, Scheme, banks, moe_ops
 from mxmoe.registry import near_names
 from mxmoe.target import TARGETS, Executable, Target, WeightSource
 
-__all__ = ["HAS_INT4", "TritonBackend", "bench_tiles", "profile_launches"]
+__all__ = ["HAS_INT4", "TritonBackend", "bench_tiles", "profile_launches", "profiled_launches"]
 
 HAS_INT4 = {
     "89": True,
@@ -142,6 +143,14 @@ def profile_launches(measured: Path, tuned: Path | None, **limits: Any) -> str: 
     from mxmoe.backends.triton.profile import measure
 
     return measure(measured, tuned, **limits)
+
+
+def profiled_launches(measured: Path, tuned: Path | None) -> list[tuple[int, int, dict[Scheme, dict[int, int]], float]]:
+    """Read what `profile_launches` measured; see `profile.launches`."""
+    choose_mode()
+    from mxmoe.backends.triton.profile import launches
+
+    return launches(measured, tuned)
 
 
 def _need_gpu(what: str) -> None:

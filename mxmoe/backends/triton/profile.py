@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from mxmoe.backends.triton.choose import by_rule
-from mxmoe.backends.triton.measure import Job, Workload, sweep
+from mxmoe.backends.triton.measure import Job, Workload, read_rows, rows_of, sweep
 from mxmoe.backends.triton.tiles import Config, Gemm
 from mxmoe.backends.triton.tune import TOKENS, WORKLOADS
 from mxmoe.backends.triton.tuned import Tuned, for_device, spell_config, tuned_config
 from mxmoe.files import write_whole
+from mxmoe.ir import Scheme
 
 SCHEMES = (
     *("bf16", "w8a8_sym", "w8a8_e4m3", "w4a8_g128_sym", "w4a8_g128_sym_e4m3"),
@@ -81,6 +82,30 @@ def gain_of_mixes(rows: Sequence[Mapping[str, str]], tuned: Tuned) -> float | No
         if job.config == own != by.config and by in times:
             ratios.append(times[by] / us)
     return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None
+
+
+def launches(measured: Path, tiles: Path | None) -> list[tuple[int, int, dict[Scheme, dict[int, int]], float]]:
+    """
+    Read the measured launches that ran as they will be run: by rule, or with the file's tiles where there are any.
+
+    Returns:
+        For each its output channels (of gate and up together), input channels, scheme -> rows of an expert -> experts,
+        and microseconds: the fields of `mxmoe.cost.Observation`.
+    """
+    tuned = Tuned.loads(tiles.read_text()) if tiles else None
+    found: list[tuple[int, int, dict[Scheme, dict[int, int]], float]] = []
+    for row in read_rows(measured):
+        job = Job.of_row(row)
+        gemm = job.workload.gemm(job.plan)
+        if row["status"] != "ok" or job.config != spell_config(chosen(gemm, job.tokens, job.workload.top_k, tuned)):
+            continue
+        load: dict[Scheme, dict[int, int]] = {}
+        for scheme, rows in zip(gemm.schemes, rows_of(job), strict=True):
+            if rows:
+                counts = load.setdefault(scheme, {})
+                counts[rows] = counts.get(rows, 0) + 1
+        found.append((gemm.n * (1 + gemm.gated), gemm.k, load, float(row["time_us"])))
+    return found
 
 
 def measure(
