@@ -46,6 +46,8 @@ from mxmoe.transform import activation_profile, plant_outliers
 
 RESERVE = 8.0
 """Seconds before the end at which no plan is begun."""
+RESERVE_TO_PREPARE = 40.0
+"""The same for a plan whose model must be quantized or observed first."""
 SMOKE_SETTINGS = ("2.25", "w5a5", "w4a4", "w8a8")
 SMOKE_METHODS = ("squared", "fisher", "mxmoe", "squared, per expert", "random")
 
@@ -147,7 +149,9 @@ class Study:
     def _try(self, job: Job, alpha: AlphaFacts | None) -> None:
         """Measure a plan if there is time; what fails is told, and nothing that rests on it is tried again."""
         rests_on = (job.model, job.quantizer)
-        if self.left < RESERVE or rests_on in self.failed:
+        subject = self.subjects.get(job.model)
+        is_ready = subject is not None and (job.quantizer, job.seed) in subject.allocators
+        if self.left < (RESERVE if is_ready else RESERVE_TO_PREPARE) or rests_on in self.failed:
             self.left_out += 1
             return
         try:
