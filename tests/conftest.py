@@ -11,7 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
+import torch
 from hypothesis import settings
+
+# kernels are interpreted where there is no GPU; Triton looks for this when it is loaded, and it is loaded once
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # the same examples in every run, so that a red test is the change's; `--hypothesis-profile=explore` draws new ones
 settings.register_profile("repeatable", derandomize=True)

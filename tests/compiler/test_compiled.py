@@ -278,8 +278,9 @@ def test_modules_of_another_structure(saved: tuple[Path, Any]) -> None:
         mxmoe.load(folder, odd)
 
 
-def test_targets_that_are_not_there(saved: tuple[Path, Any]) -> None:
+def test_targets_that_are_not_there(saved: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = saved
+    monkeypatch.setattr("mxmoe.backends.triton.has_triton", lambda: False)
     with pytest.raises(UnknownName, match="did you mean eager"):
         mxmoe.load(folder, target="eagr")
     with pytest.raises(NoKernels):

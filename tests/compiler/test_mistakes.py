@@ -60,6 +60,12 @@ def no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(place, name, never)
 
 
+@pytest.fixture
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this a machine where Triton is not installed."""
+    monkeypatch.setattr("mxmoe.backends.triton.has_triton", lambda: False)
+
+
 MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"target": "nunba"}, UnknownName, "no target named 'nunba'; did you mean numba"),
     ({"target": None}, UnknownName, "no target named None; known: eager"),
@@ -99,7 +105,7 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("options", "kind", "message"), MISTAKES, ids=lambda value: str(value)[:40])
-@pytest.mark.usefixtures("no_long_work")
+@pytest.mark.usefixtures("no_long_work", "without_triton")
 def test_mistakes_are_named_before_any_long_work(options: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         compiled(qwen_block(), **options)

@@ -55,9 +55,14 @@ def _parts(gemm: Gemm, tokens: int, top_k: int) -> int:
     bands = max(active, tokens * top_k // 64)
     tiles = bands * -(-gemm.n // (2 * CODED_WIDTH))
     parts = 1
-    while parts < 8 and tiles * parts < FILLING and gemm.k // (2 * parts) >= 352:
+    while parts < 8 and tiles * parts < FILLING and gemm.k // (2 * parts) >= 352 and _divides(gemm, 2 * parts):
         parts *= 2
     return parts
+
+
+def _divides(gemm: Gemm, parts: int) -> bool:
+    """Whether k falls into equal parts, each of whole lines: packed weights may have a short last part."""
+    return parts == 1 or gemm.k % (16 * parts) == 0 or all(body_of(scheme) != "dense" for scheme in gemm.distinct)
 
 
 def _shape(scheme: Scheme, gemm: Gemm, rows: float, warps: int, parts: int) -> Shape:
@@ -84,7 +89,7 @@ def candidates(gemm: Gemm, tokens: int, top_k: int) -> tuple[Config, ...]:
     scheme = gemm.distinct[0]
     depth = 64 if scheme.act_bits == 16 else 128
     width = CODED_WIDTH if gemm.gated else 2 * CODED_WIDTH
-    parts = (1,) if gemm.gated or body_of(scheme) == "wide" else (1, 2, 4)
+    parts = (1,) if gemm.gated or body_of(scheme) == "wide" else tuple(n for n in (1, 2, 4) if _divides(gemm, n))
     if rows <= FEW:
         heights, widths, stages = ((16,), (16, 32)), (64, width), (4, 5)
         runs = ((4, None), (4, 96), (8, None))

@@ -1,4 +1,4 @@
-"""The kernels on a GPU: every scheme against the definition, graphs, torch.compile, equal bits, and a memory checker."""
+"""The kernels on a GPU: every scheme against the definition, graphs, torch.compile, equal bits, a memory checker."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_scheme_that_hopper_lacks_is_refused_before_anything_is_packed() -> No
 
 def test_tokens_elsewhere_are_refused() -> None:
     pair = Pair.of(MIXED)
-    with pytest.raises(WrongDevice, match="cuda.*cpu"):
+    with pytest.raises(WrongDevice, match=r"cuda.*cpu"):
         pair.triton["mlp"]("routed", MIXED.tokens(2, 0), *_tensors(MIXED.routing(2, 0)))
 
 
