@@ -77,6 +77,9 @@ class Study:
         self.saved = time.monotonic()
         self._model: nn.Module = model
         self.notes: dict[str, Any] = {}
+        if self.rows:
+            before = json.loads(self.csv.with_suffix(".json").read_text())
+            self.notes = {key: before[key] for key in before if key == "drawn" or key.startswith("max over median")}
         self.failed: set[tuple[str, str]] = set()
         self.left_out = 0
 
