@@ -1,10 +1,11 @@
-"""The launches of a block: schedule, rows, gate and up, rows again, down, combine. Nothing here waits for the device."""
+"""The launches of a block: schedule, rows, gate and up, rows again, down, combine. None waits for the device."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import triton
@@ -27,9 +28,15 @@ from mxmoe.backends.triton.tiles import Config, Gemm, classes_of
 from mxmoe.quant import apply_act, rotate
 from mxmoe.quant import hadamard as hadamard_matrix
 
+# a launch takes options that are no arguments of the kernel
+_KERNELS: Any = kernels
+_PREPARE: Any = prepare
+
 FUSED = frozenset(
-    (*("silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2", "sigmoid", "tanh", "identity"),)
-    + ("swiglu_oai", "silu_clamped", "silu_capped", "swiglu_softcap")
+    (
+        *("silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2", "sigmoid", "tanh", "identity"),
+        *("swiglu_oai", "silu_clamped", "silu_capped", "swiglu_softcap"),
+    )
 )
 """Nonlinearities that the kernel computes itself."""
 TURNS = (16, 32, 64, 128)
@@ -93,6 +100,12 @@ class _Room:
         return Rows(tuple(codes.get(kind, x) for kind in kinds), tuple(scales.get(kind, none) for kind in kinds))
 
     @property
+    def block(self) -> int:
+        """Channels that a program reads: a power of two that holds a row, and a group of the longest."""
+        widths = [codes.shape[1] for codes in self.codes] + [kind.group for kind in self.kinds]
+        return triton.next_power_of_2(max(widths))
+
+    @property
     def specs(self) -> tuple[tuple[int, float, int], ...]:
         """What the kernel is compiled for."""
         return tuple(kind.spec for kind in self.kinds)
@@ -108,10 +121,11 @@ def make_rows(x: Tensor, kinds: tuple[RowKind, ...], turn: int = 0) -> Rows:
         x, turn = rotate(x, turn), 0
     room = _Room.of(x, kinds, turn)
     if room.kinds and len(x):
-        block = max(triton.next_power_of_2(x.shape[1]), 16 * turn)
-        prepare.prepare_rows[(len(x),)](
+        block = max(room.block, 16 * turn)
+        _PREPARE.prepare_rows[(len(x),)](
             x, room.codes, room.scales, hadamard(turn, x.dtype, x.device) if turn else x,
-            x.shape[1], block, room.specs, turn, not interpreting(), num_warps=16 if block > 8192 else 8 if block > 2048 else 4,
+            x.shape[1], block, room.specs, turn, not interpreting(),
+            num_warps=16 if block > 8192 else 8 if block > 2048 else 4,
         )  # fmt: skip
     return room.rows(x, kinds)
 
@@ -123,9 +137,9 @@ def begin(tables: Tables, index: Tensor, x: Tensor, kinds: tuple[RowKind, ...]) 
         build(tables, index)
         return make_rows(x, kinds)
     first, k = few_programs(tables.dispatch), x.shape[1]
-    prepare.begin[(first + len(x),)](
+    _PREPARE.begin[(first + len(x),)](
         *few_arguments(tables, index), first, x, room.codes, room.scales,
-        k, triton.next_power_of_2(k), room.specs, not interpreting(), num_warps=8,
+        k, room.block, room.specs, not interpreting(), num_warps=8,
     )  # fmt: skip
     return room.rows(x, kinds)
 
@@ -178,7 +192,7 @@ def run_gemm(
     p, q = epilogue.pair
     bias = matrices.bias
     options = {} if config.registers is None or interpreting() else {"maxnreg": config.registers}
-    kernel = kernels.group_gemm
+    kernel = _KERNELS.group_gemm
     start = partial(kernel.warmup, grid=(programs,)) if compile_only else kernel[(programs,)]
     start(
         rows.codes, rows.scales, matrices.arena.data, matrices.arena.base, rows.scales[0] if bias is None else bias,
@@ -186,8 +200,8 @@ def run_gemm(
         tables.words[first_band:], dispatch.bands(which), out,
         dispatch.assignments, dispatch.tokens, out.stride(0),
         classes, dispatch.class_width, config.grouping, len(gemm.schemes), dispatch.top_k,
-        gather, gemm.gated, bias is not None, epilogue.act, p, q, gemm.n, out.shape[-1], not interpreting(), config.per_sm > 0,
-        num_warps=config.warps, **options,
+        gather, gemm.gated, bias is not None, epilogue.act, p, q, gemm.n, out.shape[-1], not interpreting(),
+        config.per_sm > 0, num_warps=config.warps, **options,
     )  # fmt: skip
 
 
@@ -195,7 +209,7 @@ def run_combine(y: Tensor, place_of: Tensor, weights: Tensor | None, out: Tensor
     """Sum a token's choices: y [parts, rows, h], places int32 [tokens * top_k], weights [tokens, top_k] or None."""
     tokens, h = out.shape
     block = min(triton.next_power_of_2(h), 1024)
-    kernels.combine[(tokens, triton.cdiv(h, block))](
+    _KERNELS.combine[(tokens, triton.cdiv(h, block))](
         y, place_of, y if weights is None else weights, out, y.stride(0),
         top_k, weights is not None, len(y), h, block, not interpreting(), num_warps=4,
     )  # fmt: skip

@@ -96,9 +96,10 @@ def _write_kind(
     WAY: tl.constexpr = KINDS[I][0]
     GROUP: tl.constexpr = KINDS[I][2]
     if WAY == CAST:
-        if codes.dtype.element_ty == tl.float16:  # finite values saturate, as the definition has it
-            near = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
-            x = tl.where(tl.abs(x) < float("inf"), near, x)
+        # finite values saturate, as the definition has it
+        LARGEST: tl.constexpr = 65504.0 if codes.dtype.element_ty == tl.float16 else 3.3895313892515355e38
+        near = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+        x = tl.where(tl.abs(x) < float("inf"), near, x)
         tl.store(codes + to, cast(x, codes.dtype.element_ty, PTX), mask=inside)
     elif GROUP:
         groups: tl.constexpr = (K + GROUP - 1) // GROUP

@@ -1,0 +1,97 @@
+"""Rows for the kernels: code for code and scale for scale what `quantize_activation` makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from mxmoe.backends.triton.interpreter import mend_interpreter
+from mxmoe.backends.triton.launch import TURNS, make_rows
+from mxmoe.backends.triton.rows import RowKind
+from mxmoe.ir import Scheme
+from mxmoe.quant import quantize_activation, rotate
+
+from .small_blocks import DEVICE, DTYPES
+
+# rows with NaN and inf are among what is tested; numpy says so where kernels are interpreted
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+mend_interpreter()
+
+SCHEMES = tuple(
+    map(Scheme.parse, ("bf16", "fp16", "w8a8_sym", "w8a8_e4m3", "w4a4_sym", "w4a4_g128_sym", "w4a8_g128_sym"))
+)
+KINDS = {RowKind.of(scheme): scheme for scheme in SCHEMES}
+NASTY = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 3.4e38, -3.4e38, 1e-38, 1e-45, 65504.0, 448.0)
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> Tensor:
+    """A few rows of any float type: of any size, with zeros, ties between codes, and numbers that break things."""
+    k = draw(st.sampled_from((16, 64, 128, 192, 264, 520)) | st.integers(1, 300))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    x = torch.randn((5, k), generator=random)
+    x[0] *= 2.0 ** draw(st.integers(-120, 120))
+    x[1] = torch.randint(-254, 255, (k,), generator=random) / 2  # halves: ties where the largest is a code
+    x[2] = draw(st.sampled_from((0.0, 1.0, -127.0)))
+    for _ in range(draw(st.integers(0, 3))):
+        x[draw(st.sampled_from((3, 4))), draw(st.integers(0, k - 1))] = draw(st.sampled_from(NASTY))
+    if DEVICE == "cpu":  # the interpreter takes the smallest numbers for 0
+        x = x.where((x.abs() >= 2.0**-126) | x.isnan(), 0.0)
+    return x.to(draw(st.sampled_from(tuple(DTYPES.values()))))
+
+
+def check_equal(found: Tensor, wanted: Tensor, what: str) -> None:
+    assert found.dtype == wanted.dtype
+    assert torch.equal(found.cpu().float().nan_to_num(nan=12345.0), wanted.float().nan_to_num(nan=12345.0)), what
+
+
+@settings(max_examples=40, deadline=None)
+@given(x=rows(), kinds=st.sets(st.sampled_from(sorted(KINDS)), min_size=1))
+def test_rows_are_those_of_the_definition(x: Tensor, kinds: set[RowKind]) -> None:
+    ordered = tuple(sorted(kinds))
+    made = make_rows(x.to(DEVICE), ordered)
+    for kind, codes, scales in zip(ordered, made.codes, made.scales, strict=True):
+        wanted, wanted_scales = quantize_activation(x, KINDS[kind])
+        if kind.format in ("int", "e4m3"):
+            check_equal(scales, wanted_scales, f"scales of {kind}")
+        check_equal(codes, wanted, f"codes of {kind}")
+
+
+def test_rows_of_a_kind_are_used_as_they_are() -> None:
+    x = torch.randn(3, 64, dtype=torch.bfloat16, device=DEVICE)
+    made = make_rows(x, (RowKind("bf16", 16), RowKind("int", 8)))
+    assert made.codes[0] is x
+    assert made.codes[1].dtype == torch.int8
+
+
+@pytest.mark.parametrize("k", [1, 128])
+def test_no_row(k: int) -> None:
+    made = make_rows(torch.empty((0, k), device=DEVICE), (RowKind("bf16", 16), RowKind("int", 4, 128)))
+    assert [tuple(codes.shape) for codes in made.codes] == [(0, k), (0, k)]
+
+
+@pytest.mark.parametrize("turn", [2, 4, 8, *TURNS, 12, 24, 192, 384])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_turned_before_they_are_held(turn: int, dtype: str) -> None:
+    x = torch.randn((4, 384), generator=torch.Generator().manual_seed(turn)).to(DTYPES[dtype])
+    x[2] = 0
+    kinds = tuple(sorted(KINDS))
+    made = make_rows(x.to(DEVICE), kinds, turn)
+    turned = rotate(x, turn)
+    for kind, codes, scales in zip(kinds, made.codes, made.scales, strict=True):
+        wanted, wanted_scales = quantize_activation(turned, KINDS[kind])
+        # sums in another order: a value at the border between two codes may take the other one
+        if kind.format == "int":
+            assert torch.allclose(scales.cpu(), wanted_scales, rtol=2**-20)
+            apart = (codes.cpu().int() - wanted.int()).abs()
+            assert apart.max() <= 1
+            assert (apart > 0).float().mean() < 0.02
+        else:
+            step = {"bf16": 2.0**-7, "fp16": 2.0**-9, "e4m3": 2.0**-2}[kind.format]
+            assert torch.allclose(codes.cpu().float(), wanted.float(), rtol=step, atol=1e-3)
+            assert (codes.cpu().float() != wanted.float()).float().mean() < 0.05
