@@ -191,7 +191,7 @@ class JoinedCalls:
         if not frame.calls or not self.executable.joins(len(frame.calls[0][1].rows)) or _is_captured():
             return "unknown"
         (first, one), (second, two) = frame.calls[0], frame.calls[-1]
-        if len(frame.calls) != 2 or first == second or not one.is_same(two):
+        if len(frame.calls) != 2 or first == second or not one.is_same(two) or not _is_plain((args, named)):
             return "apart"
         expected = _tensors(output)
         if any(bool(tensor.isnan().any()) for tensor in expected):
@@ -222,6 +222,11 @@ class JoinedCalls:
 
 def _tensors(output: object) -> list[Tensor]:
     return [leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _is_plain(arguments: object) -> bool:
+    """Whether a call takes tensors and constants alone: what else, such as a cache, would see a rehearsal."""
+    return all(isinstance(leaf, Tensor | int | float | str | None) for leaf in _pytree.tree_leaves(arguments))
 
 
 def _is_captured() -> bool:
