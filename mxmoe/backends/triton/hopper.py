@@ -59,12 +59,11 @@ def config_for(gemm: Gemm) -> Config | None:
 
 
 def _shape(scheme: Scheme, gemm: Gemm) -> Shape:
+    """What is left of an expert's rows comes last, as tiles that cost half."""
+    heights, sides = (ROWS // 2, ROWS), 1 + gemm.gated
     if body_of(scheme) == "dense":
-        # what is left of an expert's rows comes last, as tiles that cost half
-        return Shape(
-            (ROWS // 2, ROWS), CHANNELS // (1 + gemm.gated), 64 if scheme.act_bits == 16 else 128, DENSE_STAGES
-        )
-    return Shape((ROWS,), CHANNELS // 2 // (1 + gemm.gated), 128, NIBBLE_STAGES)
+        return Shape(heights, CHANNELS // sides, 64 if scheme.act_bits == 16 else 128, DENSE_STAGES)
+    return Shape(heights, CHANNELS // 2 // sides, 128, NIBBLE_STAGES)
 
 
 def runs_on(device: torch.device) -> bool:

@@ -11,9 +11,10 @@ finds there is not stored.
 - `dense_gemm`: weights as the matrix unit reads them. A tile is 128 rows times 256 channels (with a gate 128 of each
   matrix); either warpgroup has 64 of the rows, and none to do where the band ends before them.
 - `nibble_gemm`: 4-bit weights against 8-bit rows, Y^T = W X^T, so that decoded weights go to the matrix unit from
-  registers. A tile is 128 channels (with a gate 64 of each matrix) times 128 rows; either warpgroup has 32 of the
-  channels of both halves, eight rows of one and eight of the other in turn, so that gate and up meet in one thread. A
-  step is one unit of 128 channels of k. With a scale per group its sums are scaled while the next unit is multiplied.
+  registers. A tile is 128 channels (with a gate 64 of each matrix) times 128 rows, or 64 where the band has no more;
+  either warpgroup has 32 of the channels of both halves, eight rows of one and eight of the other in turn, so that gate
+  and up meet in one thread. A step is one unit of 128 channels of k; with a scale per group its sums are scaled while
+  the other warpgroup multiplies.
 """
 
 from __future__ import annotations
@@ -408,9 +409,9 @@ def _decode(p: gl.tensor, INT: gl.constexpr) -> gl.tensor:
 @gluon.jit
 def _start_unit(
     xs: gl.tensor, ws: gl.tensor, ss: gl.tensor, s: gl.tensor, sums: gl.tensor,
-    S: gl.constexpr, WG: gl.constexpr, ACC: gl.constexpr, ADDS: gl.constexpr,
+    S: gl.constexpr, WG: gl.constexpr, TALL: gl.constexpr, ACC: gl.constexpr, ADDS: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """Decode buffer `s` and start its products: (pending sums, scales [64] or 0). ADDS: on top of `sums`."""
+    """Decode buffer `s`, start its products with TALL rows: (pending sums, scales [64] or 0). ADDS: to `sums`."""
     # the thread that holds a row of gate's operand holds the same row of up's; so do its registers
     HALF: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 16], [0, 32]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [32, 64]
@@ -427,36 +428,70 @@ def _start_unit(
         s0 = ss.index(2 * s).slice(32 * WG, 32).load(ROW).to(gl.float32)
         s1 = ss.index(2 * s + 1).slice(32 * WG, 32).load(ROW).to(gl.float32)
         scale = _in_turn(s0, s1, gl.SliceLayout(1, ACC))
-    part = warpgroup_mma(low, xs.index(2 * s).permute((1, 0)), sums, use_acc=ADDS, is_async=True)
-    part = warpgroup_mma(high, xs.index(2 * s + 1).permute((1, 0)), part, is_async=True)
+    part = warpgroup_mma(low, xs.index(2 * s).slice(0, TALL).permute((1, 0)), sums, use_acc=ADDS, is_async=True)
+    part = warpgroup_mma(high, xs.index(2 * s + 1).slice(0, TALL).permute((1, 0)), part, is_async=True)
     return part, scale
 
 
 @gluon.jit
 def _sum_nibbles(
     xs: gl.tensor, ws: gl.tensor, ss: gl.tensor, full: gl.tensor, empty: gl.tensor, s: gl.tensor, phase: gl.tensor,
-    S: gl.constexpr, WG: gl.constexpr, ACC: gl.constexpr, SUM: gl.constexpr,
+    S: gl.constexpr, WG: gl.constexpr, TALL: gl.constexpr, ACC: gl.constexpr, SUM: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """
-    Multiply 64 channels with 128 rows along all of k.
+    Multiply 64 channels with TALL rows along all of k.
 
     One sum at a time: a second one, to scale while the next is made, spills registers and halves the rate.
     """
-    zero = gl.zeros((64, ROWS), SUM, ACC)
-    acc = gl.zeros((64, ROWS), gl.float32 if S[GROUP] else SUM, ACC)
+    zero = gl.zeros((64, TALL), SUM, ACC)
+    acc = gl.zeros((64, TALL), gl.float32 if S[GROUP] else SUM, ACC)
     for _ in range((S[K] + 127) // 128):
         mbarrier.wait(full.index(s), phase)
         if S[GROUP]:
-            part, scale = _start_unit(xs, ws, ss, s, zero, S, WG, ACC, False)
+            part, scale = _start_unit(xs, ws, ss, s, zero, S, WG, TALL, ACC, False)
             part = warpgroup_mma_wait(0, deps=[part])
             mbarrier.arrive(empty.index(s), count=1)
             acc += part.to(gl.float32) * scale[:, None]
         else:
-            part, scale = _start_unit(xs, ws, ss, s, acc, S, WG, ACC, True)
+            part, scale = _start_unit(xs, ws, ss, s, acc, S, WG, TALL, ACC, True)
             acc = warpgroup_mma_wait(0, deps=[part])
             mbarrier.arrive(empty.index(s), count=1)
         s, phase = _next(s, phase, S)
     return acc.to(gl.float32), s, phase
+
+
+@gluon.jit
+def _tile_nibbles(
+    arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor, x_scale: gl.tensor, y_ptr: gl.tensor, xs: gl.tensor,
+    ws: gl.tensor, ss: gl.tensor, full: gl.tensor, empty: gl.tensor, s: gl.tensor, phase: gl.tensor, expert: gl.tensor,
+    row: gl.tensor, rows: gl.tensor, n0: gl.tensor, n1: gl.tensor,
+    S: gl.constexpr, WG: gl.constexpr, TALL: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Multiply and store 32 channels of both halves of a tile of at most TALL rows."""
+    INT: gl.constexpr = xs.dtype == gl.int8
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TALL, 32])
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [4, 8], [1, 4], [0, 1])
+    SUM: gl.constexpr = gl.int32 if INT else gl.float32
+    m = gl.arange(0, TALL, gl.SliceLayout(0, ACC))
+    r = gl.load(x_scale + row + m, mask=m < rows, other=0.0) * (INT8_STEP if INT else E4M3_STEP)
+    acc, s, phase = _sum_nibbles(xs, ws, ss, full, empty, s, phase, S, WG, TALL, ACC, SUM)
+    y = gl.permute(gl.reshape(acc * r[None, :], (4, 2, 8, TALL)), (0, 2, 3, 1))
+    a, b = gl.split(y)
+    a = gl.reshape(a, (32, TALL))
+    b = gl.reshape(b, (32, TALL))
+    n = gl.arange(0, 32, gl.SliceLayout(1, a.type.layout))
+    if S[GROUP] == 0:
+        s0, s1 = _scales(arena, base_ptr, expert, n0, n1, n, S)
+        a = a * s0[:, None]
+        b = b * s1[:, None]
+    if S[BIAS]:
+        b0, b1 = _biases(bias_ptr, expert, n0, n1, n, S)
+        a = a + b0[:, None]
+        b = b + b1[:, None]
+    m_out = gl.arange(0, TALL, gl.SliceLayout(0, OUT))
+    n_out = gl.arange(0, 32, gl.SliceLayout(1, OUT))
+    _store(a, b, y_ptr, row, rows, m_out, n_out, n0, n1, 1, OUT, S)
+    return s, phase
 
 
 @gluon.jit
@@ -466,11 +501,7 @@ def _multiply_nibbles(
     full: gl.tensor, empty: gl.tensor, S: gl.constexpr, WG: gl.constexpr,
 ) -> None:  # fmt: skip
     """Multiply channels 32 * WG to 32 * WG + 31 of both halves of every tile."""
-    INT: gl.constexpr = xs.dtype == gl.int8
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [4, 8], [1, 4], [0, 1])
     first, count, last = _range(ends_ptr, S)
-    m = gl.arange(0, ROWS, gl.SliceLayout(0, ACC))
     s = 0
     phase = 0
     tile = gl.program_id(0)
@@ -481,24 +512,16 @@ def _multiply_nibbles(
         n1 = n0 if S[GATED] else n0 + 64
         tile += gl.num_programs(0)
         expert1, row1, rows1, column1 = _find(tile, first, count, band_ptr, bands, S)
-        r = gl.load(x_scale + row + m, mask=m < rows, other=0.0) * (INT8_STEP if INT else E4M3_STEP)
-        acc, s, phase = _sum_nibbles(xs, ws, ss, full, empty, s, phase, S, WG, ACC, gl.int32 if INT else gl.float32)
-        y = gl.permute(gl.reshape(acc * r[None, :], (4, 2, 8, ROWS)), (0, 2, 3, 1))
-        a, b = gl.split(y)
-        a = gl.reshape(a, (32, ROWS))
-        b = gl.reshape(b, (32, ROWS))
-        n = gl.arange(0, 32, gl.SliceLayout(1, a.type.layout))
-        if S[GROUP] == 0:
-            s0, s1 = _scales(arena, base_ptr, expert, n0, n1, n, S)
-            a = a * s0[:, None]
-            b = b * s1[:, None]
-        if S[BIAS]:
-            b0, b1 = _biases(bias_ptr, expert, n0, n1, n, S)
-            a = a + b0[:, None]
-            b = b + b1[:, None]
-        m_out = gl.arange(0, ROWS, gl.SliceLayout(0, OUT))
-        n_out = gl.arange(0, 32, gl.SliceLayout(1, OUT))
-        _store(a, b, y_ptr, row, rows, m_out, n_out, n0, n1, 1, OUT, S)
+        if rows > 64:
+            s, phase = _tile_nibbles(
+                arena, base_ptr, bias_ptr, x_scale, y_ptr, xs, ws, ss, full, empty, s, phase, expert, row, rows, n0, n1,
+                S, WG, 128,
+            )  # fmt: skip
+        else:
+            s, phase = _tile_nibbles(
+                arena, base_ptr, bias_ptr, x_scale, y_ptr, xs, ws, ss, full, empty, s, phase, expert, row, rows, n0, n1,
+                S, WG, 64,
+            )  # fmt: skip
 
 
 @gluon.jit

@@ -50,7 +50,7 @@ def test_tiles_are_those_the_kernels_are_written_for(names: list[str], gated: bo
         dense = body_of(gemm.distinct[one.group]) == "dense"
         side_by_side = (256 if dense else 128) // (2 if gated else 1)
         assert one.n_tiles == -(-gemm.n // side_by_side)
-        assert one.height in ((64, 128) if dense else (128,))
+        assert one.height in (64, 128)
 
 
 @pytest.mark.parametrize("name", OTHERS)
