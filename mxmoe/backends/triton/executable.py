@@ -268,6 +268,7 @@ class TritonExecutable:
         compiled = self.banks[bank]
         check_shapes(self.block, self.hidden, hidden, index, weights)
         device = compiled.down.arena.data.device
-        if hidden.device != device:
-            raise WrongDevice(backend="triton", block=self.block, home=device, device=hidden.device)
+        for tensor in (hidden, index, weights):
+            if tensor.device != device:
+                raise WrongDevice(backend="triton", block=self.block, home=device, device=tensor.device)
         return compiled
