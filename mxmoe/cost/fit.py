@@ -3,10 +3,11 @@ From measured launches to a profile: the times of tiles, and the law that adds t
 
 A launch of experts e with r rows each takes
 
-    launch + ((sum of tiles / SMs)^p + (alone x longest tile)^p)^(1/p)
+    launch + ((sum of tiles / SMs)^p + (longest tile by itself)^p)^(1/p)
 
 and a tile of height m over k input channels `fixed + (max(reuse[m], stream / row tiles) - fixed) k / depth`: every
-weight comes from memory once. A scheme has one `stream`, a `reuse` for each height, and two factors for company. What
+weight comes from memory once. By itself a tile takes `alone` times as long. A scheme has one `stream` and one `alone`,
+a `reuse` for each height, and two factors for company. What
 is minimised is the mean of |log(predicted / measured)|, rounded at zero, by a search along one coordinate after the
 other: the heights that an expert is cut into depend on the times, so that there is no gradient to follow.
 """
@@ -35,10 +36,10 @@ _NEAR = 0.02
 """Relative error from which on errors count in proportion."""
 _LEAST = 1e-3
 """Relative step below which a coordinate rests."""
-_STREAM, _REUSE, _MIXED_STREAM, _MIXED_REUSE = 0, slice(1, 1 + len(HEIGHTS)), -2, -1
-_NAMES = ("launch_us", "fixed_us", "alone", "sharp")
-_START = (3.0, 0.3, 0.6, 4.0)
-_MOST = (20.0, 3.0, 3.0, 40.0)
+_STREAM, _ALONE, _REUSE, _MIXED_STREAM, _MIXED_REUSE = 0, 1, slice(2, 2 + len(HEIGHTS)), -2, -1
+_NAMES = ("launch_us", "fixed_us", "sharp")
+_START = (3.0, 0.3, 2.0)
+_MOST = (20.0, 3.0, 40.0)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class _Share:
     mixed: NDArray[np.bool_]
     """[mine, 1]."""
     logs: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    """Logarithms of stream, reuse by height, and the two factors in company."""
+    """Logarithms of stream, alone, reuse by height, and the two factors in company."""
 
     @classmethod
     def of(cls, scheme: Scheme, observed: Sequence[Observation]) -> _Share:
@@ -87,7 +88,7 @@ class _Share:
         return cls(scheme, np.array(at), rows, experts, columns, depth, mixed)
 
     def add(self, fixed: float, sms: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Microseconds that its tiles take of all SMs, and of its longest tile, [mine] each."""
+        """Microseconds that its tiles take of all SMs, and of its longest tile by itself, [mine] each."""
         values = np.exp(self.logs)
         company = np.where(self.mixed, values[_MIXED_STREAM], 1.0), np.where(self.mixed, values[_MIXED_REUSE], 1.0)
         best = np.full(self.rows.shape, np.inf)
@@ -99,7 +100,7 @@ class _Share:
             whole = np.round(bands * self.columns * us / sms, 9)
             longest = np.where((whole < best) & (bands > 0), us, longest)
             best = np.minimum(best, whole)
-        return (best * self.experts).sum(1), longest.max(1)
+        return (best * self.experts).sum(1), values[_ALONE] * longest.max(1)
 
 
 class _Fit:
@@ -129,7 +130,7 @@ class _Fit:
             busy[share.at] += mine
             longest[share.at] = np.maximum(longest[share.at], tile)
         values = np.exp(np.minimum(self.globals, np.log(_MOST)))
-        law = Law(float(values[0]), float(values[2]), float(values[3]))
+        law = Law(float(values[0]), float(values[2]))
         return np.log(law.launch(busy, longest)) - self.time
 
     def try_global(self, at: int, step: float) -> float:
@@ -147,11 +148,11 @@ class _Fit:
 
 
 def _first_guess(scheme: Scheme, device: Device) -> list[float]:
-    """Stream, reuse by height, and the factors, by the roofline."""
+    """Stream, alone, reuse by height, and the factors, by the roofline."""
     roofline = Roofline(device)
     tiles = [Tile(height, WIDTH, STEP) for height in HEIGHTS]
     reuse = [roofline.tile_us(scheme, tile, DEPTH, 1e6) for tile in tiles]
-    return [roofline.tile_us(scheme, tiles[0], DEPTH), *reuse, 1.0, 1.0]
+    return [roofline.tile_us(scheme, tiles[0], DEPTH), 1.0, *reuse, 1.0, 1.0]
 
 
 def fit_profile(
@@ -177,7 +178,7 @@ def fit_profile(
     steps = {("global", 0, at): 0.3 for at in range(len(_NAMES))}
     for i, share in enumerate(found.shares):
         # factors that nothing speaks for stay at 1
-        known = len(share.logs) if share.mixed.any() else 1 + len(HEIGHTS)
+        known = len(share.logs) if share.mixed.any() else 2 + len(HEIGHTS)
         steps |= {("scheme", i, at): 0.3 for at in range(known)}
     loss = found.loss()
     for _ in tqdm(range(rounds), desc="fit", disable=quiet):
@@ -205,9 +206,10 @@ def _search(found: _Fit, key: tuple[str, int, int], step: float, loss: float) ->
 
 
 def _profile(found: _Fit, device: Device) -> Profile:
-    launch, fixed, alone, sharp = np.exp(np.minimum(found.globals, np.log(_MOST))).tolist()
+    launch, fixed, sharp = np.exp(np.minimum(found.globals, np.log(_MOST))).tolist()
     rows: dict[Scheme, dict[Tile, TileTime]] = {}
     mixed: dict[Scheme, tuple[float, float]] = {}
+    alone: dict[Scheme, float] = {}
     for share in found.shares:
         values = np.exp(share.logs)
         stream = max(float(values[_STREAM]), 1.01 * fixed)
@@ -216,8 +218,9 @@ def _profile(found: _Fit, device: Device) -> Profile:
             Tile(height, WIDTH, STEP): TileTime(_short(max(stream, each)), _short(each))
             for height, each in zip(HEIGHTS, reuse, strict=True)
         }
+        alone[share.scheme] = _short(float(values[_ALONE]))
         mixed[share.scheme] = (_short(float(values[_MIXED_STREAM])), _short(float(values[_MIXED_REUSE])))
-    law = Law(_short(launch), _short(alone), _short(sharp), mixed)
+    law = Law(_short(launch), _short(sharp), alone, mixed)
     return Profile(device.name, DEPTH, _short(fixed), rows, law)
 
 

@@ -22,7 +22,7 @@ from mxmoe.ir import Scheme, Tile
 DATA = Path(__file__).parent / "data"
 """Folder of profiles, `<device>.json`; README.md there says what each field holds and where it is from."""
 _HEAD = ("device", "k", "slots", "fixed_us")
-_LAW = ("launch_us", "alone", "sharp")
+_LAW = ("launch_us", "sharp")
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Law:
 
     launch_us: float
     """Of a launch without tiles."""
-    alone: float
-    """Time of the longest tile by itself, over that of one tile on each SM at once."""
     sharp: float
     """Exponent with which the spread work and the longest tile add up: 1 is their sum, inf the larger."""
+    alone: Mapping[Scheme, float] = field(default_factory=dict[Scheme, float])
+    """Scheme -> time of a tile by itself, over that of one tile on each SM at once; 1 if nothing is said."""
     mixed: Mapping[Scheme, tuple[float, float]] = field(default_factory=dict[Scheme, tuple[float, float]])
     """Scheme -> what `stream_us` and `reuse_us` are multiplied by where other schemes are in the same launch."""
 
     def launch(self, busy_us: float | NDArray[np.float64], longest_us: float | NDArray[np.float64]) -> Any:  # noqa: ANN401  # as given
-        """Microseconds of a launch: `busy_us` its work spread over all SMs, `longest_us` its longest tile."""
-        largest = np.maximum(np.maximum(busy_us, self.alone * longest_us), 1e-9)
-        shares = (busy_us / largest) ** self.sharp + (self.alone * longest_us / largest) ** self.sharp
+        """Microseconds of a launch: `busy_us` its work spread over all SMs, `longest_us` its longest tile by itself."""
+        largest = np.maximum(np.maximum(busy_us, longest_us), 1e-9)
+        shares = (busy_us / largest) ** self.sharp + (longest_us / largest) ** self.sharp
         return self.launch_us + largest * shares ** (1 / self.sharp)
 
 
@@ -108,7 +108,8 @@ class Profile:
         head: dict[str, Any] = {"device": self.device, "k": self.k, "slots": slots, "fixed_us": self.fixed_us}
         if self.law is not None:
             mixed = {str(scheme): list(factors) for scheme, factors in self.law.mixed.items()}
-            head["law"] = {**{name: getattr(self.law, name) for name in _LAW}, "mixed": mixed}
+            alone = {str(scheme): factor for scheme, factor in self.law.alone.items()}
+            head["law"] = {**{name: getattr(self.law, name) for name in _LAW}, "alone": alone, "mixed": mixed}
         lines = [f'  "{name}": {json.dumps(value)}' for name, value in head.items()]
         schemes: list[str] = []
         for scheme, tiles in self.rows.items():
@@ -120,10 +121,11 @@ class Profile:
 def _law(fields: Mapping[str, Any]) -> Law:
     numbers = {name: float(fields[name]) for name in _LAW}
     mixed = {Scheme.parse(name): (float(a), float(b)) for name, (a, b) in fields["mixed"].items()}
-    for value in (*numbers.values(), *(one for pair in mixed.values() for one in pair)):
+    alone = {Scheme.parse(name): float(factor) for name, factor in fields["alone"].items()}
+    for value in (*numbers.values(), *alone.values(), *(one for pair in mixed.values() for one in pair)):
         if not 0 < value < math.inf:
             raise ValueError(f"a number of the law is {value}, not a positive number")
-    return Law(**numbers, mixed=mixed)
+    return Law(**numbers, alone=alone, mixed=mixed)
 
 
 def _tile_time(row: Mapping[str, float | None]) -> TileTime:
@@ -200,6 +202,11 @@ class Measured:
         text = "measured" if source == _plain(scheme) else f"scaled from {source}"
         depth = self.profile.k
         return text if k in (None, depth) else f"{text} (k={k} from k={depth} by a fixed part and a slope)"
+
+    def alone(self, scheme: Scheme) -> float:
+        """Time of a tile by itself, over that of one tile on each SM at once; 1 where the profile does not say."""
+        source = self._source(scheme)
+        return 1.0 if source is None or self.profile.law is None else self.profile.law.alone.get(source, 1.0)
 
     def _time(self, scheme: Scheme, tile: Tile) -> TileTime:
         """Give the figures of a measured tile, in company where that is asked for."""

@@ -110,7 +110,7 @@ def linear_cost_us(
 
 def predict_launch(model: CostModel, gemms: Sequence[Gemm]) -> Schedule:
     """Schedule all tiles of one launch, longest first, on the SMs of the model's device."""
-    durations = [np.full(count, us) for count, us in _tiles_of(model, gemms)]
+    durations = [np.full(count, us) for _, count, us in _tiles_of(model, gemms)]
     return longest_first(np.concatenate(durations) if durations else np.zeros(0), model.device.sms)
 
 
@@ -127,13 +127,14 @@ def predict_launch_us(model: CostModel, gemms: Sequence[Gemm]) -> float:
     tiles = _tiles_of(replace(model, mixed=len(present) > 1), gemms)
     if not tiles:
         return 0.0
-    busy = sum(count * us for count, us in tiles) / model.device.sms
-    return float(law.launch(busy, max(us for _, us in tiles)))
+    busy = sum(count * us for _, count, us in tiles) / model.device.sms
+    alone = {scheme: model.alone(scheme) for scheme in present}
+    return float(law.launch(busy, max(alone[scheme] * us for scheme, _, us in tiles)))
 
 
-def _tiles_of(model: CostModel, gemms: Sequence[Gemm]) -> list[tuple[int, float]]:
-    """(number, microseconds) of the tiles of every expert that has rows."""
-    found: list[tuple[int, float]] = []
+def _tiles_of(model: CostModel, gemms: Sequence[Gemm]) -> list[tuple[Scheme, int, float]]:
+    """(scheme, number, microseconds) of the tiles of every expert that has rows."""
+    found: list[tuple[Scheme, int, float]] = []
     chosen: dict[tuple[Scheme, int, int, int], tuple[Tile | None, float]] = {}
     for gemm in gemms:
         for expert, (rows, scheme) in enumerate(zip(gemm.rows, gemm.schemes, strict=True)):
@@ -145,7 +146,7 @@ def _tiles_of(model: CostModel, gemms: Sequence[Gemm]) -> list[tuple[int, float]
             tile = gemm.tiles[expert] if gemm.tiles is not None else chosen[key][0]
             us = math.inf if tile is None else model.tile_us(scheme, tile, gemm.k, rows)
             count = 1 if tile is None else math.ceil(rows / tile.m) * math.ceil(gemm.n / tile.n)
-            found.append((count, us))
+            found.append((scheme, count, us))
     return found
 
 

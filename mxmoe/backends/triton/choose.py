@@ -36,7 +36,9 @@ def by_rule(gemm: Gemm, tokens: int, top_k: int) -> Config:
     if rows <= FEW:
         warps, registers = (4, 96) if bodies == {"nibbles"} else (4, None)
     elif rows <= SOME:
-        warps, registers = (4, 128) if "nibbles" in bodies else (4, 168) if bodies == {"dense"} else (8, None)
+        # weights that are decoded to 16 bits spill where registers are bounded
+        bounded = (4, 128) if "nibbles" in bodies else (4, 168)
+        warps, registers = (8, None) if "wide" in bodies else bounded
     elif rows <= MANY:
         warps, registers = (8, 128) if bodies == {"nibbles"} else (8, None)
     else:

@@ -31,7 +31,7 @@ SCHEMES = (
 )
 POOL = (*("w4a8_g128_sym", "w8a8_sym", "w8a8_e4m3"), *("w4a16_g128_asym", "w3a16_g128_asym", "w2a16_g128_asym"))
 """Schemes of random mixes: what target triton-sm90 chooses from."""
-MIXES = 3
+MIXES = 5
 """Random mixes of each product and number of tokens; the last is of 4 and 8-bit weights with 8-bit activations."""
 
 

@@ -19,7 +19,7 @@ from mxmoe.backends.triton.choose import FEW, SOME, by_rule, mean_rows
 from mxmoe.backends.triton.layout import body_of
 from mxmoe.backends.triton.measure import Job, Workload, sweep
 from mxmoe.backends.triton.tiles import HEIGHTS, WIDTHS, Config, Gemm, Shape
-from mxmoe.backends.triton.tuned import Entry, Tuned, kernel_hash, parse_config, spell_config
+from mxmoe.backends.triton.tuned import Entry, Run, Tuned, kernel_hash, parse_config, spell_config
 from mxmoe.files import write_whole
 from mxmoe.ir import Scheme
 
@@ -34,10 +34,16 @@ WORKLOADS = (
 )
 TOKENS = (1, 16, 64, 512, 2048, 8192)
 SCHEMES = ("w4a8_g128_sym", "w8a8_sym", "w4a16_g128_asym", "w8a8_e4m3", "bf16", "w4a8_g128_sym_e4m3", "w8a16_sym")
+SETS = ("w4a8_g128_sym+w8a8_sym",)
+"""Schemes that are tuned together."""
+SET_SEED = 7
+"""Which draw of `measure.schemes_of` the experts of a set have: about a half each."""
 MOST_SUMS = 128 * 256
 """Sums of a tile; more do not fit the registers."""
-FIRST_ROUND = 0.75
-"""Share of the time for changes of one number."""
+ROUNDS = (0.6, 0.15, 0.25)
+"""Shares of the time: changes of one number, changes together, sets of schemes."""
+SLOWEST = 1.5
+"""Entries that take longer than so many times the fastest of their class are left out."""
 
 Change = tuple[str, object]
 
@@ -46,13 +52,11 @@ def changes(gemm: Gemm, rule: Config, rows: float) -> Iterator[Config]:
     """Yield configs that differ from the rule's in one number, of a GEMM of one scheme, the most promising first."""
     (scheme,) = gemm.distinct
     name, shape = rule.shapes[0]
-    runs = ((4, None), (4, 96), (8, None)) if rows <= FEW else ((4, 128), (8, None), (4, 168), (8, 128), (4, None))
-    runs = runs if rows <= SOME else ((8, None), (4, None), (8, 128))
     heights = {
         FEW: ((16,), (16, 32)),
         SOME: ((16, 32), (16, 32, 64), (32,)),
     }.get(FEW if rows <= FEW else SOME if rows <= SOME else 0.0, ((32, 64, 128), (32, 64), (16, 32, 64)))
-    yield from (replace(rule, warps=warps, registers=bound) for warps, bound in runs)
+    yield from (replace(rule, warps=warps, registers=bound) for warps, bound in runs_of(rows))
     shapes: list[Shape] = [replace(shape, heights=tall) for tall in heights]
     shapes += [replace(shape, width=wide) for wide in (shape.width * 2, shape.width // 2) if wide in WIDTHS]
     most = 2 if scheme.weight_bits == 3 else 6
@@ -64,6 +68,13 @@ def changes(gemm: Gemm, rule: Config, rows: float) -> Iterator[Config]:
     for one in shapes:
         if one.width * sides * max(one.heights) <= max(MOST_SUMS, shape.width * sides * max(shape.heights)):
             yield replace(rule, shapes=((name, one),))
+
+
+def runs_of(rows: float) -> tuple[Run, ...]:
+    """Warps and bounds of registers worth trying for so many rows of a mean active expert."""
+    if rows <= FEW:
+        return ((4, None), (4, 96), (8, None))
+    return ((4, 128), (8, None), (4, 168), (8, 128), (4, None)) if rows <= SOME else ((8, None), (4, None), (8, 128))
 
 
 def first_jobs(workloads: Sequence[Workload], tokens: Sequence[int], schemes: Sequence[str]) -> list[Job]:
@@ -85,7 +96,7 @@ def second_jobs(rows: Sequence[Mapping[str, str]]) -> list[Job]:
     for (one, count, scheme), times in _by_class(rows).items():
         rule = by_rule(one.gemm(scheme), count, one.top_k)
         before = times.get(rule)
-        if before is None:
+        if before is None or ":" in scheme:
             continue
         helped = sorted((time, spell_config(config)) for config, time in times.items() if time < 0.995 * before)
         best: dict[str, object] = {}
@@ -97,6 +108,37 @@ def second_jobs(rows: Sequence[Mapping[str, str]]) -> list[Job]:
             if most > 1 and config not in times and max(config.shapes[0][1].heights) in HEIGHTS:
                 found.append(Job(one, count, scheme, spell_config(config)))
     return list(dict.fromkeys(found))
+
+
+def set_jobs(
+    rows: Sequence[Mapping[str, str]], workloads: Sequence[Workload], tokens: Sequence[int], sets: Sequence[str]
+) -> list[Job]:
+    """For every set of schemes, what each scheme was fastest with under warps and registers that all share."""
+    times, found = _by_class(rows), list[Job]()
+    for names, one, count in itertools.product(sets, workloads, tokens):
+        plan = f"{SET_SEED}:{names}"
+        gemm = one.gemm(plan)
+        rule = by_rule(gemm, count, one.top_k)
+        configs = [rule]
+        for run in runs_of(mean_rows(gemm, count, one.top_k)):
+            options = [_shapes_with(times.get((one, count, name), {}), gemm, shape, run) for name, shape in rule.shapes]
+            for shapes in itertools.product(*options):
+                pairs = tuple((name, shape) for (name, _), shape in zip(rule.shapes, shapes, strict=True))
+                configs.append(replace(rule, warps=run[0], registers=run[1], shapes=pairs))
+        found += [Job(one, count, plan, spell_config(config)) for config in dict.fromkeys(configs)]
+    return found
+
+
+def _shapes_with(times: Mapping[Config, float], gemm: Gemm, own: Shape, run: Run) -> list[Shape]:
+    """Tiles of one scheme under a run: its fastest, and the rule's, made smaller where registers are few."""
+    sums = max(own.heights) * own.width * (1 + gemm.gated)
+    small = own
+    if run[1] is not None and sums > run[0] * 32 * run[1] // 2:
+        lower = own.heights[:-1]
+        small = replace(own, heights=lower) if lower else own
+    mine = [config for config in times if (config.warps, config.registers) == run]
+    best = [replace(min(mine, key=times.__getitem__).shapes[0][1], parts=own.parts)] if mine else []
+    return list(dict.fromkeys([*best, small]))
 
 
 def _differences(rule: Config, other: Config) -> list[Change]:
@@ -119,7 +161,7 @@ def _by_class(rows: Sequence[Mapping[str, str]]) -> dict[tuple[Workload, int, st
     """(workload, tokens, scheme) -> config -> microseconds."""
     found: dict[tuple[Workload, int, str], dict[Config, float]] = {}
     for row in rows:
-        if row["status"] == "ok" and ":" not in row["plan"]:
+        if row["status"] == "ok":
             job = Job.of_row(dict(row))
             times = found.setdefault((job.workload, job.tokens, job.plan), {})
             times[parse_config(job.config)] = float(row["time_us"])
@@ -127,19 +169,22 @@ def _by_class(rows: Sequence[Mapping[str, str]]) -> dict[tuple[Workload, int, st
 
 
 def make_tuned(rows: Sequence[Mapping[str, str]], device: str, mixes: bool = False) -> Tuned:
-    """Keep the fastest config of every class, scheme and number of warps, where the rule's was measured too."""
+    """Keep the fastest config of every class, schemes, warps and registers, where the rule's was measured too."""
     entries: list[Entry] = []
-    for (one, count, scheme), times in _by_class(rows).items():
-        gemm = one.gemm(scheme)
+    for (one, count, plan), times in _by_class(rows).items():
+        gemm, scheme = one.gemm(plan), plan.rpartition(":")[2]
         before = times.get(by_rule(gemm, count, one.top_k))
         if before is None:
             continue
         mean = round(mean_rows(gemm, count, one.top_k), 3)
         active = min(one.experts, count * one.top_k)
-        for warps in sorted({config.warps for config in times}):
-            config = min((one for one in times if one.warps == warps), key=times.__getitem__)
+        by_run: dict[Run, Config] = {}
+        for config in sorted(times, key=times.__getitem__):
+            by_run.setdefault((config.warps, config.registers), config)
+        least = min(times.values())
+        for config in (config for config in by_run.values() if times[config] <= SLOWEST * least):
             entries.append(Entry(one.n, one.k, one.gated, mean, active, scheme, config, times[config], before))
-    entries.sort(key=lambda one: (one.scheme, not one.gated, one.n, one.k, one.rows, one.active, one.config.warps))
+    entries.sort(key=lambda one: (one.scheme, not one.gated, one.n, one.k, one.rows, one.active, one.time_us))
     return Tuned(device, triton.__version__, kernel_hash(), tuple(entries), mixes)
 
 
@@ -161,9 +206,10 @@ def tune(
     for name in schemes:
         Scheme.parse(name)
     jobs = first_jobs(workloads, tokens, schemes)
-    rows = sweep(jobs, measured, seconds=FIRST_ROUND * seconds, workers=many, title="tiles")
-    left = (1 - FIRST_ROUND) * seconds
-    rows = sweep(second_jobs(rows), measured, seconds=left, workers=many, title="tiles together")
+    rows = sweep(jobs, measured, seconds=ROUNDS[0] * seconds, workers=many, title="tiles")
+    rows = sweep(second_jobs(rows), measured, seconds=ROUNDS[1] * seconds, workers=many, title="tiles together")
+    jobs = set_jobs(rows, workloads, tokens, [names for names in SETS if set(names.split("+")) <= set(schemes)])
+    rows = sweep(jobs, measured, seconds=ROUNDS[2] * seconds, workers=many, title="sets")
     found = make_tuned(rows, torch.cuda.get_device_name())
     write_whole(out, found.dumps())
     return found

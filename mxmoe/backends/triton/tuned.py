@@ -13,11 +13,11 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import triton
@@ -68,9 +68,15 @@ def _pairs(head: str) -> list[tuple[str, str]]:
     return [(head[at], head[at + 1 : end]) for at, end in zip(starts, [*starts[1:], len(head)], strict=True)]
 
 
+Run = tuple[int, int | None]
+"""Warps and most registers of a launch."""
+WARPS = (4, 8)
+"""Of launches that are tuned; a rule that asks for another number means another kernel."""
+
+
 @dataclass(frozen=True)
 class Entry:
-    """The best config measured for one shape class, scheme and number of warps."""
+    """The best config measured for one shape class, schemes, number of warps and bound of registers."""
 
     n: int
     k: int
@@ -80,10 +86,16 @@ class Entry:
     active: int
     """Experts that have rows."""
     scheme: str
+    """Or several, joined by +, for launches of just these."""
     config: Config
     time_us: float
     rule_us: float
     """What the rule's config took."""
+
+    @property
+    def run(self) -> Run:
+        """What all schemes of a launch share."""
+        return self.config.warps, self.config.registers
 
     def distance(self, n: int, k: int, rows: float, active: float) -> float:
         """How far another class is, in powers of two; inf if too far."""
@@ -121,14 +133,14 @@ class Tuned:
         """Whether it was measured with the kernels and the Triton that run here."""
         return (self.triton, self.kernels) == (triton.__version__, kernel_hash())
 
-    def find(self, gemm: Gemm, scheme: Scheme, rows: float, active: float) -> dict[int, Entry]:
-        """Nearest entries of a scheme, by warps: those of the nearest class that has any."""
-        mine = self._by_scheme.get((str(scheme), gemm.gated), ())
+    def find(self, gemm: Gemm, scheme: str, rows: float, active: float) -> dict[Run, Entry]:
+        """Entries of a scheme, or of several joined by +, in the nearest class that has any, by what they share."""
+        mine = self._by_scheme.get((scheme, gemm.gated), ())
         far = [(one.distance(gemm.n, gemm.k, rows, active), one) for one in mine]
         least = min((distance for distance, _ in far), default=math.inf)
         if math.isinf(least):
             return {}
-        return {one.config.warps: one for distance, one in far if distance == least}
+        return {one.run: one for distance, one in far if distance == least}
 
     @property
     def _by_scheme(self) -> dict[tuple[str, bool], tuple[Entry, ...]]:
@@ -158,14 +170,25 @@ def _index(tuned: Tuned) -> dict[tuple[str, bool], tuple[Entry, ...]]:
 
 @lru_cache(maxsize=1)
 def kernel_hash() -> str:
-    """Hash of the code that becomes kernels; comments, docstrings and annotations do not count."""
-    whole = hashlib.sha256()
+    """Hash of the functions that a group GEMM is compiled from; comments, docstrings and annotations do not count."""
+    known: dict[str, ast.FunctionDef] = {}
     for name in KERNELS:
         tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
-        for node in sorted(functions, key=lambda node: node.name):
-            whole.update(ast.dump(_Bare().visit(node)).encode())
-    return whole.hexdigest()[:16]
+        known |= {node.name: node for node in functions}
+    return hash_functions(known, "group_gemm")
+
+
+def hash_functions(known: Mapping[str, ast.FunctionDef], root: str) -> str:
+    """Hash a function and all that it names, directly or not, among the known ones."""
+    found: dict[str, str] = {}
+    left = [root]
+    while left:
+        name = left.pop()
+        if name in known and name not in found:
+            found[name] = ast.dump(_Bare().visit(known[name]))
+            left += [node.id for node in ast.walk(known[name]) if isinstance(node, ast.Name)]
+    return hashlib.sha256("".join(found[name] for name in sorted(found)).encode()).hexdigest()[:16]
 
 
 class _Bare(ast.NodeTransformer):
@@ -206,46 +229,53 @@ def tuned_config(tuned: Tuned, gemm: Gemm, tokens: int, top_k: int, rule: Config
     """
     Choose the measured config of a launch, or the rule's where nothing near was measured.
 
-    In a launch of several schemes each keeps its tiles; the number of warps is the one with which the experts take the
-    least time together, k has as many parts as by rule, and registers are bounded if all agree on a bound.
+    A launch of several schemes takes the config that was measured for just these. Where there is none, each scheme
+    keeps the tiles that were its fastest with the warps and registers with which the experts take the least time
+    together, and k has as many parts as by rule.
     """
+    if rule.warps not in WARPS:
+        return rule
     assignments = tokens * top_k
     active = max(1, min(len(gemm.schemes), assignments))
-    found = {scheme: tuned.find(gemm, scheme, assignments / active, active) for scheme in gemm.distinct}
+
+    def near(scheme: str) -> Mapping[Run, Entry]:
+        return tuned.find(gemm, scheme, assignments / active, active)
+
+    exact = near("+".join(map(str, gemm.distinct)))
+    if exact:
+        return min(exact.values(), key=lambda one: one.time_us).config
+    found = {scheme: near(str(scheme)) for scheme in gemm.distinct}
     if not all(found.values()):
-        _say_unlisted(gemm.n, gemm.k, gemm.gated, tuned.device)
+        _say_unlisted(gemm.n, gemm.k, gemm.gated, " ".join(map(str, gemm.distinct)), tuned.device)
         return rule
-    if len(found) == 1:
-        (by_warps,) = found.values()
-        return min(by_warps.values(), key=lambda one: one.time_us).config
     return _together(gemm, found, rule) if tuned.mixes else rule
 
 
-def _together(gemm: Gemm, found: Mapping[Scheme, Mapping[int, Entry]], rule: Config) -> Config:
-    common = sorted(set.intersection(*(set(by_warps) for by_warps in found.values())))
+def _together(gemm: Gemm, found: Mapping[Scheme, Mapping[Run, Entry]], rule: Config) -> Config:
+    common = set.intersection(*(set(by_run) for by_run in found.values()))
     if not common:
         return rule
     share = {scheme: gemm.schemes.count(scheme) for scheme in found}
 
-    def total(warps: int) -> float:
-        return sum(share[scheme] * by_warps[warps].time_us for scheme, by_warps in found.items())
+    def total(run: Run) -> tuple[float, str]:
+        return sum(share[scheme] * by_run[run].time_us for scheme, by_run in found.items()), str(run)
 
-    warps = min(common, key=total)
-    chosen = {scheme: by_warps[warps].config for scheme, by_warps in found.items()}
-    bounds = [config.registers for config in chosen.values()]
+    run = min(common, key=total)
     shapes = tuple(
-        (str(scheme), replace(config.shape(scheme), parts=rule.shape(scheme).parts))
-        for scheme, config in chosen.items()
+        (str(scheme), replace(by_run[run].config.shape(scheme), parts=rule.shape(scheme).parts))
+        for scheme, by_run in found.items()
     )
-    registers = None if None in bounds else max(cast("Sequence[int]", bounds))
-    return Config(warps, shapes, rule.per_sm, rule.grouping, registers)
+    return Config(run[0], shapes, rule.per_sm, rule.grouping, run[1])
 
 
 @lru_cache(maxsize=1024)
-def _say_unlisted(n: int, k: int, gated: bool, device: str) -> None:
-    """Once for each product."""
-    kind = "gated " if gated else ""
-    _LOG.warning("no tiles were tuned near the %sproduct n=%d k=%d on %s; a rule chooses them", kind, n, k, device)
+def _say_unlisted(n: int, k: int, gated: bool, schemes: str, device: str) -> None:
+    """Once for each product and schemes."""
+    kind, text = (
+        "gated " if gated else "",
+        "no tiles are tuned near the %sproduct n=%d k=%d in %s on %s; a rule chooses them",
+    )
+    _LOG.warning(text, kind, n, k, schemes, device)
 
 
 @lru_cache(maxsize=16)
