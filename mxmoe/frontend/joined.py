@@ -77,6 +77,8 @@ class _Frame:
     is_rehearsal: bool = False
     calls: list[tuple[str, _Seen]] = field(default_factory=list)
     """Of the banks, in order; kept while the order is unknown."""
+    args: tuple[Tensor, Tensor, Tensor] | None = None
+    """Of the routed call; kept while the order is unknown."""
     seen: _Seen | None = None
     shared: Tensor | None = None
     """What the shared expert makes of `seen`: not there yet where its call comes first."""
@@ -137,6 +139,7 @@ class JoinedCalls:
         seen = _Seen.of(hidden)
         if frame.order == "unknown":
             frame.calls.append(("routed", seen))
+            frame.args = args
         elif frame.order == "routed" and self.executable.joins(len(hidden)):
             both = self._one_by_one(*args) if frame.is_rehearsal else self.executable.run_block(*args)
             frame.seen, frame.shared = seen, both["shared"]
@@ -197,7 +200,11 @@ class JoinedCalls:
         if any(bool(tensor.isnan().any()) for tensor in expected):
             return "unknown"
         order: Order = "routed" if first == "routed" else "shared"
-        return order if self._rehearse(block, args, named, expected, order) else "apart"
+        if frame.args is None or not self._rehearse(block, args, named, expected, order):
+            return "apart"
+        # what is made at a first call, such as kernels, is there before a graph records the next
+        self.executable.run_block(*frame.args)
+        return order
 
     def _rehearse(
         self, block: nn.Module, args: tuple[Any, ...], named: dict[str, Any], expected: list[Tensor], order: Order
