@@ -61,14 +61,14 @@ def points(models: Sequence[str], tokens: Sequence[int]) -> list[Point]:
 
 
 def predicted_us(point: Point, costs: Any) -> float:  # noqa: ANN401  # a CostModel, imported late
-    """Makespan of the launch under the cost model."""
-    from mxmoe.cost import Gemm, predict_launch
+    """Time of the launch under the cost model."""
+    from mxmoe.cost import Gemm, predict_launch_us
     from mxmoe.ir import Scheme
 
     (n, k), schemes = point.cell.gemms[0], plan_of(point.plan, point.cell)[0]
     rows = tuple(int(count) for count in rows_of(point.cell))
     gemm = Gemm(n, k, rows, tuple(Scheme.parse(name) for name in schemes))
-    return predict_launch(costs, [gemm]).makespan_us
+    return predict_launch_us(costs, [gemm])
 
 
 def ranks(values: ArrayLike) -> NDArray[np.float64]:

@@ -235,8 +235,8 @@ def tuned_config(tuned: Tuned, gemm: Gemm, tokens: int, top_k: int, rule: Config
     """
     if rule.warps not in WARPS:
         return rule
-    assignments = tokens * top_k
-    active = max(1, min(len(gemm.schemes), assignments))
+    assignments = max(1, tokens * top_k)
+    active = min(len(gemm.schemes), assignments)
 
     def near(scheme: str) -> Mapping[Run, Entry]:
         return tuned.find(gemm, scheme, assignments / active, active)
