@@ -233,62 +233,56 @@ class MixedBank(nn.Module):
         """Run as the module in whose place it is: (hidden, index, weights), or (hidden) of a shared expert."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         with _fast_products(rows):
-            if not routing:
-                return (
-                    self._experts(self._cast_all("up", rows), self._cast_all("gate", rows))[0]
-                    .view_as(hidden)
-                    .to(hidden)
-                )
-            index, weight = routing
-            return self._routed(rows, index, weight).view_as(hidden).to(hidden.dtype)
+            if routing:
+                return self._routed(rows, *routing).view_as(hidden).to(hidden.dtype)
+            everyone = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+            out = self._experts(rows, torch.arange(len(rows), device=rows.device), everyone)
+            return out.view_as(hidden).to(hidden.dtype)
 
     def _routed(self, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """Pad every expert's rows to the longest, and run all experts as one batch."""
-        experts, width = self.shape.experts, index.shape[1]
+        """Run every expert on its own rows, and add up in one order of summation, whatever the machine does."""
         ranked, order = index.flatten().sort(stable=True)
-        counts = torch.bincount(ranked, minlength=experts)
-        cap = int(counts.max())
-        place = ranked * cap + torch.arange(len(ranked), device=rows.device) - (counts.cumsum(0) - counts)[ranked]
-        token = torch.div(order, width, rounding_mode="floor")
-        up = self._dispatch("up", rows, token, ranked, place, cap)
-        gated = self.shape.gated and self.casts["gate"] != self.casts["up"]
-        gate = self._dispatch("gate", rows, token, ranked, place, cap) if gated else up
-        out = self._experts(up, gate).flatten(0, 1)[place] * weight.flatten()[order, None].float()
+        token = torch.div(order, index.shape[1], rounding_mode="floor")
+        out = self._experts(rows, token, ranked) * weight.flatten()[order, None].float()
         back = torch.empty_like(out)
-        back[order] = out  # one order of summation, whatever the machine does
-        return back.view(len(rows), width, -1).sum(1)
+        back[order] = out
+        return back.view(len(rows), index.shape[1], -1).sum(1)
 
-    def _dispatch(self, role: str, rows: Tensor, token: Tensor, ranked: Tensor, place: Tensor, cap: int) -> Tensor:
-        """Cast rows as their expert reads them: float32 [experts, cap, k], zeros where there are none."""
-        casts = self.casts[role]
-        padded = torch.zeros((self.shape.experts * cap, rows.shape[-1]), dtype=torch.float32, device=rows.device)
-        distinct = list(dict.fromkeys(casts))
-        if len(distinct) == 1:
-            padded[place] = _cast(rows, distinct[0])[token]
-            return padded.view(self.shape.experts, cap, -1)
-        number = torch.tensor([distinct.index(one) for one in casts], device=rows.device)[ranked]
-        for which, cast in enumerate(distinct):
-            mine = (number == which).nonzero().flatten()
-            padded[place[mine]] = _cast(rows, cast)[token[mine]]
-        return padded.view(self.shape.experts, cap, -1)
-
-    def _cast_all(self, role: str, rows: Tensor) -> Tensor:
-        return _cast(rows, self.casts.get(role, self.casts["up"])[0])[None]
-
-    def _experts(self, up: Tensor, gate: Tensor) -> Tensor:
-        """Run all experts on rows that are cast: [experts, rows, k] -> [experts, rows, n]."""
-        first = torch.bmm(gate, self.weights["gate"].mT) if self.shape.gated else None
-        inner = apply_act(self.shape.act, first, torch.bmm(up, self.weights["up"].mT), self.shape.act_params)
+    def _experts(self, rows: Tensor, token: Tensor, expert: Tensor) -> Tensor:
+        """Run assignment i, token[i] through expert[i], experts ascending: rows [tokens, k] -> [assignments, n]."""
+        counts = torch.bincount(expert, minlength=self.shape.experts).tolist()
+        entry = self._read("up", rows, expert, token)
+        first: Tensor | None = None
+        if self.shape.gated:
+            alike = self.casts["gate"] == self.casts["up"]
+            first = self._product("gate", entry if alike else self._read("gate", rows, expert, token), counts)
+        inner = apply_act(self.shape.act, first, self._product("up", entry, counts), self.shape.act_params)
         if self.rotation is not None:
             inner = rotate(inner, self.rotation)
-        casts = self.casts["down"]
-        if len(set(casts)) == 1:
-            inner = _cast(inner, casts[0])
-        else:
-            for cast in dict.fromkeys(casts):
-                mine = torch.tensor([i for i, one in enumerate(casts) if one == cast], device=inner.device)
-                inner[mine] = _cast(inner[mine], cast)
-        return torch.bmm(inner, self.weights["down"].mT)
+        return self._product("down", self._read("down", inner, expert, None), counts)
+
+    def _product(self, role: str, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Multiply each expert's rows by its weights."""
+        out = torch.empty((len(rows), self.weights[role].shape[1]), device=rows.device)
+        parts = zip(rows.split(counts), self.weights[role], out.split(counts), strict=True)
+        for mine, weight, into in parts:
+            if len(mine):
+                torch.mm(mine, weight.mT, out=into)
+        return out
+
+    def _read(self, role: str, rows: Tensor, expert: Tensor, token: Tensor | None) -> Tensor:
+        """Cast rows as their expert reads them, float32 [assignments, k]; `token` says which, None: in order."""
+        casts = self.casts[role]
+        distinct = list(dict.fromkeys(casts))
+        if len(distinct) == 1:
+            cast = _cast(rows, distinct[0])
+            return cast if token is None else cast[token]
+        number = torch.tensor([distinct.index(one) for one in casts], device=rows.device)[expert]
+        read = torch.empty((len(expert), rows.shape[-1]), device=rows.device)
+        for which, one in enumerate(distinct):
+            mine = (number == which).nonzero().flatten()
+            read[mine] = _cast(rows[mine], one) if token is None else _cast(rows, one)[token[mine]]
+        return read
 
 
 def _cast_of(scheme: Scheme) -> Scheme | None:
