@@ -153,9 +153,10 @@ def bank_requests(
     filled = (*bank.act_params.values(), 0.0, 0.0)
     for count in tokens:
         for role, one in zip((*roles, "down"), bank.gemms, strict=True):
-            config = config_for_arch(one.gemm, count, top_k, arch)
-            parts = max(config.shape(scheme).parts for scheme in one.gemm.distinct)
             is_down = role == "down"
+            config = config_for_arch(one.gemm, count, top_k, arch)
+            config = config if is_down else config.whole()
+            parts = max(config.shape(scheme).parts for scheme in one.gemm.distinct)
             found[f"{role}{count}"] = gemm_request(
                 one.gemm,
                 config,

@@ -86,7 +86,8 @@ class Bank:
     def configs(self, tokens: int, top_k: int) -> tuple[Config, ...]:
         """Tiles of every GEMM for a call of so many tokens."""
         device = self.down.arena.data.device
-        return tuple(config_for(one.gemm, tokens, top_k, device) for one in self.gemms)
+        entries = (config_for(one.gemm, tokens, top_k, device).whole() for one in self.entries)
+        return (*entries, config_for(self.down.gemm, tokens, top_k, device))
 
     def tables(self, tokens: int, top_k: int, configs: tuple[Config, ...]) -> Tables:
         """Make room for the schedule of entry and down."""
@@ -106,7 +107,7 @@ class Bank:
             What the steps made: `act` and `down` by sorted row, `out` [tokens, hidden]; `gate` and `up` where they
             were made apart.
         """
-        tables = self.tables(*index.shape, configs)
+        tables = self.tables(len(index), index.shape[1], configs)
         rows = tables.dispatch.rows
         made: dict[str, Tensor] = {}
         if self.is_fused:

@@ -8,9 +8,9 @@ scale for all of its channels, as when the expert runs by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -27,6 +27,9 @@ from mxmoe.backends.triton.tiles import Config, classes_of
 
 if TYPE_CHECKING:
     from mxmoe.backends.triton.executable import Bank
+
+# a launch takes options that are no arguments of the kernel
+_KERNELS: Any = kernels_joint
 
 JOINED = ("routed", "shared")
 """Banks that one set of launches may run, in the order of their lanes."""
@@ -47,6 +50,8 @@ class Joint:
     """Rows that the input of down is held in, of the routed bank and of the shared one."""
     turns: tuple[int, int]
     """Channels of the Hadamard blocks that it is turned by."""
+    between: Callable[[torch.dtype], torch.dtype]
+    """Type of the tokens -> type in which it waits."""
     constants: dict[tuple[int, int, tuple[Config, ...]], Tensor] = field(default_factory=dict)
     """What the schedule's kernels read, by tokens, top_k and configs: uploaded once."""
 
@@ -57,7 +62,8 @@ class Joint:
         entry, down = (_joined(one, other, room) for one, other, room in pairs)
         kinds = (routed.down.gemm.row_kinds, shared.down.gemm.row_kinds)
         epilogue = Epilogue(routed.act, tuple(routed.act_params.values()))
-        return cls(entry, down, epilogue, kinds, (routed.turn, shared.turn))
+        finer = shared if any(kind.format == "fp16" for kind in kinds[1]) else routed
+        return cls(entry, down, epilogue, kinds, (routed.turn, shared.turn), finer.between)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -82,17 +88,18 @@ class Joint:
         tables = self.tables(tokens, top_k, configs)
         narrow, wide = self.widths
         beyond = pad_to(tokens * top_k, BEYOND)
-        act = hidden.new_empty((1, beyond + tokens * (wide // narrow), narrow))
+        dtype = self.between(hidden.dtype)
+        act = hidden.new_empty((1, beyond + tokens * (wide // narrow), narrow), dtype=dtype)
         read = begin(tables, index, hidden, self.entry.gemm.row_kinds)
         run_gemm(self.entry, configs[0], read, tables, 0, act, self.epilogue, gather=True)
         gemm = self.down.gemm
         parts = max(configs[1].shape(scheme).parts for scheme in gemm.distinct)
-        dtype = torch.float32 if parts > 1 else act.dtype
+        dtype = torch.float32 if parts > 1 else dtype
         y = torch.empty((parts, tables.dispatch.rows, gemm.n), dtype=dtype, device=act.device)
         read = self._down_rows(act.view(-1), tables.dispatch)
         run_gemm(self.down, configs[1], read, tables, 1, y, Epilogue(), gather=False)
         block = min(triton.next_power_of_2(gemm.n), 1024)
-        kernels_joint.combine_both[(tokens, triton.cdiv(gemm.n, block))](
+        _KERNELS.combine_both[(tokens, triton.cdiv(gemm.n, block))](
             y, tables.table("place_of"), weights, routed, shared, tokens * top_k, y.stride(0),
             top_k, parts, gemm.n, block, not interpreting(), num_warps=4,
         )  # fmt: skip
@@ -136,18 +143,18 @@ class Joint:
         """Launch a program for each row of either bank that is wanted in other kinds than `act` is."""
         if not sum(counts):
             return
-        blocks = [
-            max(triton.next_power_of_2(width), 16 * turn) for width, turn in zip(self.widths, self.turns, strict=True)
-        ]
+        longest = max(kind.group for kind in self.down.gemm.row_kinds)
+        held = zip(self.widths, self.turns, strict=True)
+        blocks = [triton.next_power_of_2(max(width, 16 * turn, longest)) for width, turn in held]
         sources = (act, act[beyond * self.widths[0] :])
         pointers, constants = list[object](), list[object]()
         for which, (part, turn) in enumerate(zip(parts, self.turns, strict=True)):
-            held = [tuple(one[field] for one in part) for field in (1, 2)]
+            made = [tuple(one[field] for one in part) for field in (1, 2)]
             matrix = hadamard(turn, act.dtype, act.device) if turn else act
-            pointers += [sources[which], *held, matrix, *([] if which else [counts[0]])]
+            pointers += [sources[which], *made, matrix, *([] if which else [counts[0]])]
             constants += [self.widths[which], blocks[which], tuple(kind.spec for kind, _, _ in part), turn]
         warps = 16 if max(blocks) > 8192 else 8 if max(blocks) > 2048 else 4
-        kernels_joint.prepare_both[(sum(counts),)](*pointers, *constants, not interpreting(), num_warps=warps)
+        _KERNELS.prepare_both[(sum(counts),)](*pointers, *constants, not interpreting(), num_warps=warps)
 
 
 def _joined(one: Matrices, other: Matrices, room: Tensor) -> Matrices:

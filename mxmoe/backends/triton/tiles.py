@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mxmoe.backends.triton.dispatch import TileClass, Tiling
 from mxmoe.backends.triton.layout import KINDS, body_of, unit_channels
@@ -85,6 +85,12 @@ class Config:
         """Tiles of a scheme."""
         return next(shape for name, shape in self.shapes if name == str(scheme))
 
+    def whole(self) -> Config:
+        """Give the same without parts of k, for a GEMM whose reader wants whole sums."""
+        if all(shape.parts == 1 for _, shape in self.shapes):
+            return self
+        return replace(self, shapes=tuple((name, replace(shape, parts=1)) for name, shape in self.shapes))
+
 
 @dataclass(frozen=True)
 class Gemm:
@@ -157,5 +163,3 @@ def tile_time(scheme: Scheme, height: int, width: int, k: int) -> float:
     rate = 340.0 if scheme.act_bits <= 8 else 170.0
     weights = width * k * scheme.effective_bits(k) / 8
     return max(weights, 2.0 * height * width * k / rate) + 0.25 * weights
-
-
