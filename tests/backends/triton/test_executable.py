@@ -242,3 +242,15 @@ def test_a_compiled_module_is_saved_and_loaded(tmp_path: Path) -> None:
         assert torch.equal(back(x), wanted)
         other: Any = mxmoe.load(tmp_path / "saved", target="eager")
         assert relative_error(other(x), wanted) <= 3 * max(map(tolerance, made.plan.histogram()))
+
+
+@pytest.mark.parametrize("further", [{"gated": False, "act": "relu"}, {"is_tied": False}], ids=str)
+def test_sums_before_the_nonlinearity_are_whole(further: dict[str, Any]) -> None:
+    # k long enough, and tiles few enough, for a GEMM out to be split
+    small = Small(tuple(map(Scheme.parse, ("w8a8_sym", "bf16"))), 1408, 64, **further)
+    pair = Pair.of(small)
+    made = pair.triton["mlp"]
+    assert isinstance(made, executable.TritonExecutable)
+    entries = made.banks["routed"].configs(2, 2)[:-1]
+    assert {shape.parts for config in entries for _, shape in config.shapes} == {1}
+    pair.check(small.tokens(2, 0), small.routing(2, 1))
