@@ -29,6 +29,8 @@ from mxmoe.ir import Scheme
 
 WARPS = 12
 """Warps of a program: two warpgroups that multiply, and one of which a warp loads. No other config has as many."""
+ENOUGH_ROWS = 96.0
+"""Rows of a mean active expert from which these kernels are faster, the copy to sorted rows included."""
 DENSE_STAGES, NIBBLE_STAGES = 4, 8
 """Buffers in flight: what shared memory holds."""
 REGISTERS = 168
@@ -72,7 +74,11 @@ def runs_on(device: torch.device) -> bool:
 
 
 def takes(matrices: Matrices, config: Config, out: Tensor, epilogue: Epilogue) -> bool:
-    """Say whether `run_hopper` computes a launch: tiles of `config_for`, whole sums, one matrix as it is."""
+    """
+    Say whether `run_hopper` computes a launch: tiles of `config_for`, whole sums, one matrix as it is.
+
+    One of two matrices by itself may keep the tiles of both: every second of them then lies beyond the last channel.
+    """
     gated = matrices.gemm.gated
     whole = len(out) == 1 and out.is_contiguous() and out.shape[-1] == matrices.gemm.n
     return config.warps == WARPS and whole and (epilogue.act == "none") != gated and runs_on(out.device)

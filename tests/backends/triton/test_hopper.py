@@ -158,8 +158,11 @@ CASES = [
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize(("gemm", "biased"), CASES, ids=lambda one: str(one)[:60])
-def test_products_are_those_of_the_definition(gemm: Gemm, biased: bool) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(("gemm", "biased"), CASES)
+def test_products_are_those_of_the_definition(gemm: Gemm, biased: bool, alone: bool) -> None:
+    if alone and not gemm.gated:
+        pytest.skip("one matrix is alone anyway")
     tokens, top_k, experts = 333, 2, len(gemm.schemes)
     made, matrices = weights_of(gemm, 1), 2 if gemm.gated else 1
     arena = allocate_arena(gemm.n, gemm.k, gemm.schemes, matrices, "cuda")
@@ -178,13 +181,17 @@ def test_products_are_those_of_the_definition(gemm: Gemm, biased: bool) -> None:
     x = torch.randn((tokens if gemm.gated else tokens * top_k, gemm.k), generator=generator).bfloat16().cuda()
     rows = make_rows(x, gemm.row_kinds)
     out = torch.full((1, tokens * top_k, gemm.n), float("nan"), dtype=torch.bfloat16, device="cuda")
-    epilogue = Epilogue("silu") if gemm.gated else Epilogue()
     held = Matrices(gemm, arena, None if bias is None else bias.cuda())
+    gather = gemm.gated
+    if alone:  # up by itself, in the tiles of both
+        held, gemm, made = held.alone(1), held.alone(1).gemm, made[experts:]
+        bias = None if bias is None else bias[1:]
+    epilogue = Epilogue("silu") if gemm.gated else Epilogue()
     assert hopper.takes(held, config, out, epilogue)
-    hopper.run_hopper(held, config, rows, tables, 0, out, epilogue, gather=gemm.gated)
+    hopper.run_hopper(held, config, rows, tables, 0, out, epilogue, gather=gather)
     row_of, start = tables.table("row_of").cpu().long(), 0
     for expert, count in enumerate(tables.table("counts").cpu().tolist()):
-        source = row_of[start : start + count] // top_k if gemm.gated else torch.arange(start, start + count)
+        source = row_of[start : start + count] // top_k if gather else torch.arange(start, start + count)
         want = wanted(gemm, made, rows, expert, source, bias)
         found = out[0, start : start + count].cpu().double()
         assert (found - want).norm() <= 6e-3 * want.norm(), gemm.schemes[expert]
