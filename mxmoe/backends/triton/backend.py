@@ -40,7 +40,8 @@ class Builder:
         rooms = [torch.zeros(sum(size), dtype=torch.uint8, device=self.device) for size in sizes]
         parts = zip(*(room.split(size) for room, size in zip(rooms, sizes, strict=True)), strict=True)
         made = {name: self.bank(found[name], part) for name, part in zip(JOINED, parts, strict=True)}
-        return TritonExecutable(self.moe.block, self.moe.hidden, made, Joint.of(*made.values(), rooms))
+        joint = Joint.of(made[JOINED[0]], made[JOINED[1]], rooms)
+        return TritonExecutable(self.moe.block, self.moe.hidden, made, joint)
 
     def bank(self, bank: BankOps, rooms: Sequence[torch.device | Tensor]) -> Bank:
         """Pack the GEMMs of a bank, gate before up, each in its room."""

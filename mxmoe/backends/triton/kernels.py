@@ -5,9 +5,13 @@ A program walks tiles of the schedule. The class of a tile says which body runs,
 in a program, and only classes of the launch are compiled in. `CLASSES` is a tuple of rows in the order of `FIELDS`.
 """
 
+# what is compiled is not what Triton's stubs describe: constants are their values, types are known
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportUnusedImport=false
+
 from __future__ import annotations
 
-
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -102,7 +106,8 @@ def act(gate: tl.tensor, up: tl.tensor, ACT: tl.constexpr, P: tl.constexpr, Q: t
 
 @triton.jit
 def _scaled(
-    acc: tl.tensor, arena: tl.tensor, at: tl.tensor, beside: tl.tensor, x_scale: tl.tensor, bias: tl.tensor, first: tl.tensor,
+    acc: tl.tensor, arena: tl.tensor, at: tl.tensor, beside: tl.tensor, x_scale: tl.tensor, bias: tl.tensor,
+    first: tl.tensor,
     CLASSES: tl.constexpr, C: tl.constexpr, ROWS_FLOAT: tl.constexpr, ROWS_INT: tl.constexpr, BN: tl.constexpr,
     GATED: tl.constexpr, HAS_BIAS: tl.constexpr, SIDES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
@@ -128,8 +133,8 @@ def _scaled(
 
 @triton.jit
 def _sums(
-    x: tl.tensor, x_scale: tl.tensor, source: tl.tensor, arena: tl.tensor, base_ptr: tl.tensor, expert: tl.tensor, first: tl.tensor,
-    part: tl.tensor, CLASSES: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, BN: tl.constexpr,
+    x: tl.tensor, x_scale: tl.tensor, source: tl.tensor, arena: tl.tensor, base_ptr: tl.tensor, expert: tl.tensor,
+    first: tl.tensor, part: tl.tensor, CLASSES: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, BN: tl.constexpr,
     GATED: tl.constexpr, PTX: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Run the body of a class."""
@@ -185,9 +190,11 @@ def _address(
 
 @triton.jit
 def _tile(
-    xs: tl.tensor, x_scales: tl.tensor, arena: tl.tensor, base_ptr: tl.tensor, bias_ptr: tl.tensor, row_of: tl.tensor, band_ptr: tl.tensor, bands: tl.tensor, y_ptr: tl.tensor,
-    assignments: tl.tensor, tokens: tl.tensor, part_stride: tl.tensor, local: tl.tensor, before: tl.tensor, end: tl.tensor,
-    CLASSES: tl.constexpr, C: tl.constexpr, GROUPING: tl.constexpr, LANES: tl.constexpr, TOP_K: tl.constexpr, GATHER: tl.constexpr,
+    xs: tl.tensor, x_scales: tl.tensor, arena: tl.tensor, base_ptr: tl.tensor, bias_ptr: tl.tensor, row_of: tl.tensor,
+    band_ptr: tl.tensor, bands: tl.tensor, y_ptr: tl.tensor, assignments: tl.tensor, tokens: tl.tensor,
+    part_stride: tl.tensor, local: tl.tensor, before: tl.tensor, end: tl.tensor,
+    CLASSES: tl.constexpr, C: tl.constexpr, GROUPING: tl.constexpr, LANES: tl.constexpr, TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
     GATED: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
     BIAS_N: tl.constexpr, LD: tl.constexpr, PTX: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -248,7 +255,9 @@ def _tile(
 
 @triton.jit
 def group_gemm(
-    xs: tl.tensor, x_scales: tl.tensor, arena: tl.tensor, base_ptr: tl.tensor, bias_ptr: tl.tensor, row_of: tl.tensor, ends_ptr: tl.tensor, band_ptr: tl.tensor, bands: tl.tensor, y_ptr: tl.tensor, assignments: tl.tensor, tokens: tl.tensor, part_stride: tl.tensor,
+    xs: tl.tensor, x_scales: tl.tensor, arena: tl.tensor, base_ptr: tl.tensor, bias_ptr: tl.tensor, row_of: tl.tensor,
+    ends_ptr: tl.tensor, band_ptr: tl.tensor, bands: tl.tensor, y_ptr: tl.tensor, assignments: tl.tensor,
+    tokens: tl.tensor, part_stride: tl.tensor,
     CLASSES: tl.constexpr, CP: tl.constexpr, GROUPING: tl.constexpr, LANES: tl.constexpr, TOP_K: tl.constexpr,
     GATHER: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, P: tl.constexpr,
     Q: tl.constexpr, BIAS_N: tl.constexpr, LD: tl.constexpr, PTX: tl.constexpr, WALKS: tl.constexpr,
@@ -307,7 +316,8 @@ def _find(
 @triton.jit
 def combine(
     y_ptr: tl.tensor, place_of: tl.tensor, weight_ptr: tl.tensor, out_ptr: tl.tensor, part_stride: tl.tensor,
-    TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, PARTS: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
+    TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, PARTS: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+    PTX: tl.constexpr,
 ) -> None:  # fmt: skip
     """out[token] = sum over its choices, first choice first, of router weight * y[place], in float32."""
     token = tl.program_id(0).to(tl.int64)

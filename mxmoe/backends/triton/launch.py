@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from mxmoe.backends.triton import kernels, prepare
-from mxmoe.backends.triton.dispatch import Dispatch, Tables
+from mxmoe.backends.triton.dispatch import Dispatch, Tables, power_of_two_from
 from mxmoe.backends.triton.layout import Arena
 from mxmoe.backends.triton.mode import interpreting, programs_at_once
 from mxmoe.backends.triton.rows import RowKind
@@ -103,7 +103,7 @@ class _Room:
     def block(self) -> int:
         """Channels that a program reads: a power of two that holds a row, and a group of the longest."""
         widths = [codes.shape[1] for codes in self.codes] + [kind.group for kind in self.kinds]
-        return triton.next_power_of_2(max(widths))
+        return power_of_two_from(max(widths))
 
     @property
     def specs(self) -> tuple[tuple[int, float, int], ...]:

@@ -69,7 +69,8 @@ def pack_payload(q: Quantized) -> Tensor:
     padded = functional.pad(q.codes, (0, -q.k % channels, 0, blocks * ROWS - q.n), value=middle)
     if body == "nibbles" and q.scheme.act_format == "e4m3":
         padded = _sign_magnitude(padded, q.scheme)
-    units = padded.unflatten(1, (-1, channels)).unflatten(0, (blocks, ROWS)).transpose(1, 2)  # block, unit, row, channel
+    # block, unit, row, channel
+    units = padded.unflatten(1, (-1, channels)).unflatten(0, (blocks, ROWS)).transpose(1, 2)
     parts = units.unflatten(3, (-1, PART))
     if q.scheme.weight_bits == 3:
         high = _bits(parts >> 2, 1)

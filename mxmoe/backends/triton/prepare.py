@@ -1,4 +1,8 @@
-"""Rows as the bodies read them: cast, or quantized per token or per token and group; rotated before where a plan asks."""
+"""Rows as the bodies read them: cast, or quantized per token or per group; rotated before where a plan asks."""
+
+# what is compiled is not what Triton's stubs describe: constants are their values, types are known
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -90,11 +94,12 @@ def prepare_row(
 @triton.jit
 def _write_kind(
     row: tl.tensor, x: tl.tensor, to: tl.tensor, inside: tl.tensor, codes: tl.tensor, scales: tl.tensor,
-    K: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, I: tl.constexpr, PTX: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, WHICH: tl.constexpr, PTX: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write float32 `x` [1, BLOCK] in one kind, at the offsets `to`."""
-    WAY: tl.constexpr = KINDS[I][0]
-    GROUP: tl.constexpr = KINDS[I][2]
+    WAY: tl.constexpr = KINDS[WHICH][0]
+    STEPS: tl.constexpr = KINDS[WHICH][1]
+    GROUP: tl.constexpr = KINDS[WHICH][2]
     if WAY == CAST:
         # finite values saturate, as the definition has it
         LARGEST: tl.constexpr = 65504.0 if codes.dtype.element_ty == tl.float16 else 3.3895313892515355e38
@@ -103,12 +108,12 @@ def _write_kind(
         tl.store(codes + to, cast(x, codes.dtype.element_ty, PTX), mask=inside)
     elif GROUP:
         groups: tl.constexpr = (K + GROUP - 1) // GROUP
-        ratio, scale = _quantize(tl.reshape(x, (BLOCK // GROUP, GROUP)), WAY, KINDS[I][1], PTX)
+        ratio, scale = _quantize(tl.reshape(x, (BLOCK // GROUP, GROUP)), WAY, STEPS, PTX)
         g = tl.arange(0, BLOCK // GROUP)
         tl.store(scales + row.to(tl.int64) * groups + g, scale, mask=g < groups)
         tl.store(codes + to, tl.reshape(ratio, (1, BLOCK)).to(codes.dtype.element_ty), mask=inside)
     else:
-        ratio, scale = _quantize(x, WAY, KINDS[I][1], PTX)
+        ratio, scale = _quantize(x, WAY, STEPS, PTX)
         tl.store(scales + row + tl.arange(0, 1), scale)
         tl.store(codes + to, ratio.to(codes.dtype.element_ty), mask=inside)
 
@@ -124,8 +129,8 @@ def prepare_rows(
 
 @triton.jit
 def begin(
-    index_ptr: tl.tensor, words_ptr: tl.tensor, constants_ptr: tl.tensor, rows: tl.tensor, tokens: tl.tensor, row_stride: tl.tensor,
-    bands0: tl.tensor, bands1: tl.tensor,
+    index_ptr: tl.tensor, words_ptr: tl.tensor, constants_ptr: tl.tensor, rows: tl.tensor, tokens: tl.tensor,
+    row_stride: tl.tensor, bands0: tl.tensor, bands1: tl.tensor,
     E: tl.constexpr, ALWAYS: tl.constexpr, EP: tl.constexpr, CP: tl.constexpr, HEAD: tl.constexpr, SETS: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
     first: tl.tensor, x_ptr: tl.tensor, codes: tl.tensor, scales: tl.tensor,

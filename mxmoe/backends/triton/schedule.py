@@ -362,8 +362,8 @@ def build(tables: Tables, top_k_index: Tensor) -> None:
         *(dispatch.assignments, dispatch.tokens, *sizes, MANY_ROWS),
     )
     _launch(
-        *(MANY_WARPS, many_kernel, PARTS + blocks + always_blocks, *arguments[:3], tables.scratch, *arguments[3:8], blocks),
-        *(*arguments[8:14], MANY_ROWS, MANY_CHUNK, max(16, MANY_COUNTS // dispatch.expert_width), PARTS),
+        *(MANY_WARPS, many_kernel, PARTS + blocks + always_blocks, *arguments[:3], tables.scratch, *arguments[3:8]),
+        *(blocks, *arguments[8:14], MANY_ROWS, MANY_CHUNK, max(16, MANY_COUNTS // dispatch.expert_width), PARTS),
     )
 
 
