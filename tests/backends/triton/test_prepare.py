@@ -26,13 +26,16 @@ SCHEMES = tuple(
     map(Scheme.parse, ("bf16", "fp16", "w8a8_sym", "w8a8_e4m3", "w4a4_sym", "w4a4_g128_sym", "w4a8_g128_sym"))
 )
 KINDS = {RowKind.of(scheme): scheme for scheme in SCHEMES}
+IS_COMPILED = DEVICE == "cuda"
+"""Every width and set of kinds is a kernel of its own: a few, where they are compiled."""
 NASTY = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 3.4e38, -3.4e38, 1e-38, 1e-45, 65504.0, 448.0)
 
 
 @st.composite
 def rows(draw: st.DrawFn) -> Tensor:
     """A few rows of any float type: of any size, with zeros, ties between codes, and numbers that break things."""
-    k = draw(st.sampled_from((16, 64, 128, 192, 264, 520)) | st.integers(1, 300))
+    widths = st.sampled_from((128, 264))
+    k = draw(widths if IS_COMPILED else widths | st.sampled_from((16, 64, 192, 520)) | st.integers(1, 300))
     random = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     x = torch.randn((5, k), generator=random)
     x[0] *= 2.0 ** draw(st.integers(-120, 120))
@@ -51,7 +54,7 @@ def check_equal(found: Tensor, wanted: Tensor, what: str) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(x=rows(), kinds=st.sets(st.sampled_from(sorted(KINDS)), min_size=1))
+@given(x=rows(), kinds=st.just(set(KINDS)) if IS_COMPILED else st.sets(st.sampled_from(sorted(KINDS)), min_size=1))
 def test_rows_are_those_of_the_definition(x: Tensor, kinds: set[RowKind]) -> None:
     ordered = tuple(sorted(kinds))
     made = make_rows(x.to(DEVICE), ordered)
