@@ -93,11 +93,11 @@ class BadWeightShape(MxmoeError):
 
 
 class NoKernels(MxmoeError):
-    """A backend that plans can be made for, but that this build cannot run."""
+    """A backend whose library is not installed: plans can be made for it, and not run."""
 
     message = (
-        "this build has no {backend} kernels, so a plan for {backend} can be made and saved but not run here;"
-        " compile it for {runnable} instead"
+        "this installation has no {backend} kernels: pip install 'mxmoe[{backend}]', or compile it for {runnable}"
+        " instead; plans for {backend} can be made and saved without them"
     )
 
 
