@@ -7,7 +7,8 @@ A launch of experts e with r rows each takes
 
 and a tile of height m over k input channels `fixed + (max(reuse[m], stream / row tiles) - fixed) k / depth`: every
 weight comes from memory once. By itself a tile takes `alone` times as long. A scheme has one `stream` and one `alone`,
-a `reuse` for each height, and two factors for company. What
+a `reuse` for each height, and two factors for company. What the law then misses at the launches of one scheme is kept
+beside it, and others are corrected by the nearest. What
 is minimised is the mean of |log(predicted / measured)|, rounded at zero, by a search along one coordinate after the
 other: the heights that an expert is cut into depend on the times, so that there is no gradient to follow.
 """
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mxmoe.cost.measured import Law, Profile, TileTime
+from mxmoe.cost.measured import LOW, Law, Near, Profile, TileTime
 from mxmoe.cost.roofline import Roofline
 from mxmoe.device import Device
 from mxmoe.errors import BadWorkload
@@ -34,9 +35,10 @@ WIDTH, STEP = 128, 128
 ROUNDS = 120
 _NEAR = 0.02
 """Relative error from which on errors count in proportion."""
+_PULL = 0.002
 _LEAST = 1e-3
 """Relative step below which a coordinate rests."""
-_STREAM, _ALONE, _REUSE, _MIXED_STREAM, _MIXED_REUSE = 0, 1, slice(2, 2 + len(HEIGHTS)), -2, -1
+_STREAM, _ALONE, _REUSE, _LOW, _TALL = 0, 1, slice(2, 2 + len(HEIGHTS)), -2, -1
 _NAMES = ("launch_us", "fixed_us", "sharp")
 _START = (3.0, 0.3, 2.0)
 _MOST = (20.0, 3.0, 40.0)
@@ -90,13 +92,13 @@ class _Share:
     def add(self, fixed: float, sms: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Microseconds that its tiles take of all SMs, and of its longest tile by itself, [mine] each."""
         values = np.exp(self.logs)
-        company = np.where(self.mixed, values[_MIXED_STREAM], 1.0), np.where(self.mixed, values[_MIXED_REUSE], 1.0)
         best = np.full(self.rows.shape, np.inf)
         longest = np.zeros(self.rows.shape)
         for height, reuse in zip(HEIGHTS, values[_REUSE], strict=True):
             bands = np.ceil(self.rows / height)
-            stream = max(values[_STREAM], reuse) * company[0] / np.maximum(bands, 1)
-            us = fixed + np.maximum(np.maximum(reuse * company[1], stream) - fixed, 0) * self.depth
+            stream = max(values[_STREAM], reuse) / np.maximum(bands, 1)
+            company = np.where(self.mixed, values[_LOW if height <= LOW else _TALL], 1.0)
+            us = fixed + np.maximum(company * np.maximum(reuse, stream) - fixed, 0) * self.depth
             whole = np.round(bands * self.columns * us / sms, 9)
             longest = np.where((whole < best) & (bands > 0), us, longest)
             best = np.minimum(best, whole)
@@ -107,7 +109,9 @@ class _Fit:
     """The parameters, and what each scheme adds with them."""
 
     def __init__(self, observed: Sequence[Observation], device: Device) -> None:
+        self.observed = observed
         self.time = np.log([one.time_us for one in observed])
+        self.missed = np.zeros(len(observed))
         self.sms = device.sms
         self.globals = np.log(_START)
         schemes = sorted({scheme for one in observed for scheme in one.load})
@@ -120,8 +124,9 @@ class _Fit:
         return share.add(float(np.exp(self.globals[1])), self.sms)
 
     def loss(self) -> float:
-        """Mean of the errors, with what pulls heights that nothing speaks for to their first guess."""
-        return float(np.sqrt(self.errors() ** 2 + _NEAR**2).mean())
+        """Mean of the errors, and what pulls the factors in company to 1."""
+        pull = sum(float(np.abs(share.logs[[_LOW, _TALL]]).sum()) for share in self.shares)
+        return float(np.sqrt(self.errors() ** 2 + _NEAR**2).mean()) + _PULL * pull
 
     def errors(self) -> NDArray[np.float64]:
         """Logarithm of predicted over measured time [launch]."""
@@ -131,7 +136,26 @@ class _Fit:
             longest[share.at] = np.maximum(longest[share.at], tile)
         values = np.exp(np.minimum(self.globals, np.log(_MOST)))
         law = Law(float(values[0]), float(values[2]))
-        return np.log(law.launch(busy, longest)) - self.time
+        return np.log(law.launch(busy, longest)) + self.missed - self.time
+
+    def near(self) -> tuple[Near, ...]:
+        """What the law misses at every launch of one scheme."""
+        errors = self.errors()
+        found: list[Near] = []
+        for one, error in zip(self.observed, errors.tolist(), strict=True):
+            if len(one.load) == 1:
+                found.append(Near(next(iter(one.load)), *_shape(one), _short(math.exp(-error))))
+        return tuple(found)
+
+    def take(self, near: tuple[Near, ...]) -> None:
+        """Have all launches corrected by what the law misses nearby, each scheme by its share of the work."""
+        law, weights = Law(1.0, 1.0, near=near), np.zeros((len(self.shares), len(self.time)))
+        for weight, share, (mine, _) in zip(weights, self.shares, self.parts, strict=True):
+            weight[share.at] = mine
+        logs = np.zeros_like(weights)
+        for line, share in zip(logs, self.shares, strict=True):
+            line[share.at] = [math.log(law.factor(share.scheme, *_shape(self.observed[i]))) for i in share.at]
+        self.missed = (weights * logs).sum(0) / weights.sum(0)
 
     def try_global(self, at: int, step: float) -> float:
         """Loss with one global number changed; the change stays."""
@@ -175,22 +199,41 @@ def fit_profile(
     found = _Fit(observed, device)
     if not all(np.isfinite(share.logs).all() for share in found.shares):
         raise BadWorkload(reason=f"launches of schemes that {device.name} cannot run")
-    steps = {("global", 0, at): 0.3 for at in range(len(_NAMES))}
+    everything = [("global", 0, at) for at in range(len(_NAMES))]
+    company: list[_Key] = []
     for i, share in enumerate(found.shares):
-        # factors that nothing speaks for stay at 1
-        known = len(share.logs) if share.mixed.any() else 2 + len(HEIGHTS)
-        steps |= {("scheme", i, at): 0.3 for at in range(known)}
-    loss = found.loss()
+        everything += [("scheme", i, at) for at in range(2 + len(HEIGHTS))]
+        if share.mixed.any():
+            company += [("scheme", i, _LOW % len(share.logs)), ("scheme", i, _TALL % len(share.logs))]
+    _descend(found, [*everything, *company], rounds, quiet)
+    near = found.near()
+    found.take(near)
+    _descend(found, company, rounds, quiet)
+    return _profile(found, device, near)
+
+
+_Key = tuple[str, int, int]
+
+
+def _descend(found: _Fit, keys: Sequence[_Key], rounds: int, quiet: bool) -> None:
+    """Search along one coordinate after the other, until all rest."""
+    steps, loss = dict.fromkeys(keys, 0.3), found.loss()
     for _ in tqdm(range(rounds), desc="fit", disable=quiet):
-        if max(steps.values()) < _LEAST:
+        if max(steps.values(), default=0.0) < _LEAST:
             break
         for key, step in steps.items():
             if step >= _LEAST:
                 loss, steps[key] = _search(found, key, step, loss)
-    return _profile(found, device)
 
 
-def _search(found: _Fit, key: tuple[str, int, int], step: float, loss: float) -> tuple[float, float]:
+def _shape(one: Observation) -> tuple[int, int, float, int]:
+    """(n, k, rows of a mean active expert, active experts)."""
+    active = sum(experts for counts in one.load.values() for experts in counts.values())
+    rows = sum(rows * experts for counts in one.load.values() for rows, experts in counts.items())
+    return one.n, one.k, round(rows / active, 3), active
+
+
+def _search(found: _Fit, key: _Key, step: float, loss: float) -> tuple[float, float]:
     """One coordinate up or down; returns the loss and the next step, longer after a success."""
     kind, which, at = key
 
@@ -205,7 +248,7 @@ def _search(found: _Fit, key: tuple[str, int, int], step: float, loss: float) ->
     return loss, 0.5 * step
 
 
-def _profile(found: _Fit, device: Device) -> Profile:
+def _profile(found: _Fit, device: Device, near: tuple[Near, ...] = ()) -> Profile:
     launch, fixed, sharp = np.exp(np.minimum(found.globals, np.log(_MOST))).tolist()
     rows: dict[Scheme, dict[Tile, TileTime]] = {}
     mixed: dict[Scheme, tuple[float, float]] = {}
@@ -219,8 +262,8 @@ def _profile(found: _Fit, device: Device) -> Profile:
             for height, each in zip(HEIGHTS, reuse, strict=True)
         }
         alone[share.scheme] = _short(float(values[_ALONE]))
-        mixed[share.scheme] = (_short(float(values[_MIXED_STREAM])), _short(float(values[_MIXED_REUSE])))
-    law = Law(_short(launch), _short(sharp), alone, mixed)
+        mixed[share.scheme] = (_short(float(values[_LOW])), _short(float(values[_TALL])))
+    law = Law(_short(launch), _short(sharp), alone, mixed, near)
     return Profile(device.name, DEPTH, _short(fixed), rows, law)
 
 

@@ -22,6 +22,8 @@ from mxmoe.ir import Scheme, Tile
 DATA = Path(__file__).parent / "data"
 """Folder of profiles, `<device>.json`; README.md there says what each field holds and where it is from."""
 _HEAD = ("device", "k", "slots", "fixed_us")
+LOW = 32
+"""Rows of a tile that launches of few rows are cut into."""
 _LAW = ("launch_us", "sharp")
 
 
@@ -36,6 +38,28 @@ class TileTime:
 
 
 @dataclass(frozen=True)
+class Near:
+    """What the law misses at one measured launch of one scheme."""
+
+    scheme: Scheme
+    n: int
+    """Output channels of all matrices that share the rows."""
+    k: int
+    rows: float
+    """Of a mean active expert."""
+    active: int
+    """Experts that have rows."""
+    factor: float
+    """Measured time over the law's."""
+
+    def weight(self, n: int, k: int, rows: float, active: int) -> float:
+        """1 for the same launch, 0 for one a factor of two away or more; a factor of active experts counts half."""
+        pairs = ((self.n, n), (self.k, k), (self.rows, rows))
+        steps = sum(abs(math.log2(a / b)) for a, b in pairs) + abs(math.log2(self.active / active)) / 2
+        return max(0.0, 1.0 - steps)
+
+
+@dataclass(frozen=True)
 class Law:
     """How tiles that share the device become the time of a launch, fitted to measured launches."""
 
@@ -46,7 +70,18 @@ class Law:
     alone: Mapping[Scheme, float] = field(default_factory=dict[Scheme, float])
     """Scheme -> time of a tile by itself, over that of one tile on each SM at once; 1 if nothing is said."""
     mixed: Mapping[Scheme, tuple[float, float]] = field(default_factory=dict[Scheme, tuple[float, float]])
-    """Scheme -> what `stream_us` and `reuse_us` are multiplied by where other schemes are in the same launch."""
+    """Scheme -> what times of tiles up to `LOW` rows, and of taller ones, grow by where others are in the launch."""
+
+    near: tuple[Near, ...] = ()
+    """Launches of one scheme that were measured, for what the law does not know: waves, parts of k, tiles by rule."""
+
+    def factor(self, scheme: Scheme, n: int, k: int, rows: float, active: int) -> float:
+        """What a launch like this took over what the law says, by the nearest one measured; 1 far from all."""
+        best, found = 0.0, 1.0
+        for one in self.near:
+            if one.scheme == scheme and (weight := one.weight(n, k, rows, active)) > best:
+                best, found = weight, one.factor**weight
+        return found
 
     def launch(self, busy_us: float | NDArray[np.float64], longest_us: float | NDArray[np.float64]) -> Any:  # noqa: ANN401  # as given
         """Microseconds of a launch: `busy_us` its work spread over all SMs, `longest_us` its longest tile by itself."""
@@ -109,13 +144,20 @@ class Profile:
         if self.law is not None:
             mixed = {str(scheme): list(factors) for scheme, factors in self.law.mixed.items()}
             alone = {str(scheme): factor for scheme, factor in self.law.alone.items()}
-            head["law"] = {**{name: getattr(self.law, name) for name in _LAW}, "alone": alone, "mixed": mixed}
-        lines = [f'  "{name}": {json.dumps(value)}' for name, value in head.items()]
+            near = [[str(one.scheme), one.n, one.k, one.rows, one.active, one.factor] for one in self.law.near]
+            numbers = {name: getattr(self.law, name) for name in _LAW}
+            head["law"] = {**numbers, "alone": alone, "mixed": mixed, "near": near}
+        lines = [f'  "{name}": {_spread(json.dumps(value))}' for name, value in head.items()]
         schemes: list[str] = []
         for scheme, tiles in self.rows.items():
             rows = [f'      "{tile}": {json.dumps(dataclasses.asdict(time))}' for tile, time in tiles.items()]
             schemes.append(f'    "{scheme}": {{\n' + ",\n".join(rows) + "\n    }")
         return "{\n" + ",\n".join([*lines, '  "schemes": {\n' + ",\n".join(schemes) + "\n  }"]) + "\n}\n"
+
+
+def _spread(text: str) -> str:
+    """Put every measured launch on a line."""
+    return text.replace(" [[", "\n    [[").replace("], [", "],\n    [")
 
 
 def _law(fields: Mapping[str, Any]) -> Law:
@@ -125,7 +167,10 @@ def _law(fields: Mapping[str, Any]) -> Law:
     for value in (*numbers.values(), *alone.values(), *(one for pair in mixed.values() for one in pair)):
         if not 0 < value < math.inf:
             raise ValueError(f"a number of the law is {value}, not a positive number")
-    return Law(**numbers, alone=alone, mixed=mixed)
+    near = tuple(Near(Scheme.parse(name), *values) for name, *values in fields.get("near", ()))
+    if not all(0 < value < math.inf for one in near for value in (one.n, one.k, one.rows, one.active, one.factor)):
+        raise ValueError("a measured launch has a number that is not positive")
+    return Law(**numbers, alone=alone, mixed=mixed, near=near)
 
 
 def _tile_time(row: Mapping[str, float | None]) -> TileTime:
@@ -213,8 +258,9 @@ class Measured:
         time, law = self.profile.rows[scheme][tile], self.profile.law
         if not self.mixed or law is None:
             return time
-        stream, reuse = law.mixed.get(scheme, (1.0, 1.0))
-        return TileTime(time.stream_us * stream, None if time.reuse_us is None else time.reuse_us * reuse)
+        low, tall = law.mixed.get(scheme, (1.0, 1.0))
+        factor = low if tile.m <= LOW else tall
+        return TileTime(time.stream_us * factor, None if time.reuse_us is None else time.reuse_us * factor)
 
     def _measured_us(self, time: TileTime, k: int, row_tiles: int) -> float:
         fixed, depth = self.profile.fixed_us, self.profile.k

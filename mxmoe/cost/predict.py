@@ -124,12 +124,21 @@ def predict_launch_us(model: CostModel, gemms: Sequence[Gemm]) -> float:
     if law is None or not isinstance(model, Measured):
         return predict_launch(model, gemms).makespan_us
     present = {scheme for gemm in gemms for rows, scheme in zip(gemm.rows, gemm.schemes, strict=True) if rows}
-    tiles = _tiles_of(replace(model, mixed=len(present) > 1), gemms)
-    if not tiles:
+    model = replace(model, mixed=len(present) > 1)
+    busy: dict[tuple[int, Scheme], float] = {}
+    longest = missed = 0.0
+    for at, gemm in enumerate(gemms):
+        for scheme, count, us in _tiles_of(model, [gemm]):
+            busy[at, scheme] = busy.get((at, scheme), 0.0) + count * us / model.device.sms
+            longest = max(longest, us * model.alone(scheme))
+    if not busy:
         return 0.0
-    busy = sum(count * us for _, count, us in tiles) / model.device.sms
-    alone = {scheme: model.alone(scheme) for scheme in present}
-    return float(law.launch(busy, max(alone[scheme] * us for scheme, _, us in tiles)))
+    total = sum(busy.values())
+    for (at, scheme), us in busy.items():
+        active = sum(rows > 0 for rows in gemms[at].rows)
+        near = law.factor(scheme, gemms[at].n, gemms[at].k, sum(gemms[at].rows) / active, active)
+        missed += us / total * math.log(near)
+    return float(law.launch(total, longest)) * math.exp(missed)
 
 
 def _tiles_of(model: CostModel, gemms: Sequence[Gemm]) -> list[tuple[Scheme, int, float]]:
