@@ -248,7 +248,7 @@ def _wide_unit(
                 acc, p, high, at_x + half * 4 * PART, at_s, at_z, k0 + half * 4 * PART,
                 K, 3, 2, 4 * half, GROUP, ASYM, BN, DTYPE, PTX,
             )  # fmt: skip
-    elif BITS == 4 and DTYPE == tl.bfloat16:
+    elif BITS == 4 and DTYPE == tl.bfloat16 and acc.shape[1] < 64:  # NaN beyond, compiled for sm_90 by Triton 3.6
         low, high = bf16_nibbles(tl.load(at_w), PTX)
         x0 = _rows_of(at_x, tl.arange(0, PART) + k0, K, 128)
         x1 = _rows_of(at_x + PART, tl.arange(0, PART) + (k0 + PART), K, 128)
