@@ -47,9 +47,10 @@ SETTINGS_TEXT = """## What is compared
 """
 LIMITS = """## Limits
 
-- One model of {parameters} weights that was trained for minutes. It has {outliers},
-  so that what rotation does for models with outliers of their own is judged on the planted variant. Outliers in the
-  input of gate and up are not judged.
+- One model of {parameters} weights that was trained for minutes. {outliers}
+  What rotation does where outliers are stronger is judged on the planted variant, and outliers in the input of gate
+  and up are not judged.
+- The list is measured as far as the seconds reach. Where an allocator has no ±, one seed was reached; {missing}
 - Weights and activations are quantized exactly as `mxmoe.quant` defines, but products run in TF32 on a GPU: the
   unquantized experts, run in the same way, differ from the bf16 model by a divergence of {floor}, below which nothing
   is seen.
@@ -169,7 +170,7 @@ def methods_table(table: Table, quantizer: str) -> str:
             cells.append(with_spread([line.number("held_ppl") for line in lines], ".3f"))
         if any(cell != "–" for cell in cells):
             rows.append([method, *cells])
-    return markdown(["", *MIXED], rows) if rows else ""
+    return markdown(["", *MIXED], rows) if len(rows) > 2 else ""  # more than schemes alone
 
 
 def measures_table(table: Table, setting: str) -> str:
@@ -215,7 +216,8 @@ def speed_text(speed: Mapping[str, Any]) -> str:
         + f"\n\nBy the definition, a full pass of the block for every (expert, role, scheme) takes"
         f" {figures['full passes of the definition']:,} passes of\n{figures['seconds of one, median']:.3f} s,"
         f" {figures['seconds of all, extrapolated']:.0f} s in all: {figures['times less time']:.0f} times the"
-        " observation. Passes that were run, and what the\nobservation says of the same linear:\n\n"
+        " observation. Passes that were run, and what the\nobservation says of the same linear; the passes run in bf16,"
+        " whose rounding adds to what they change:\n\n"
         + markdown(["pass", "seconds", "squared change of the output", "observed"], sampled)
     )
 
@@ -235,10 +237,17 @@ def _limits(table: Table, about: Mapping[str, Any]) -> str:
     floor = table.pick(setting="bf16")
     return LIMITS.format(
         parameters=f"{about['model'].get('parameters', 0):,}",
-        outliers=f"channels whose largest magnitude over the median channel's is {words}{after} (median over experts)",
+        outliers=f"Largest over median channel:\n  {words}{after} (median over experts).",
+        missing=_missing(table),
         floor=f"{floor[0].number('held_kl'):.2g}" if floor else "unknown size",
         window=about["arguments"]["window"],
     )
+
+
+def _missing(table: Table) -> str:
+    """Say which quantizers were not reached with allocators."""
+    names = [q for q in ("gptq", "rtn", "gptq+hadamard") if not table.pick(model="study", quantizer=q, method="fisher")]
+    return f"with {', '.join(names)} none was." if names else "all quantizers were."
 
 
 def draw_bits(table: Table, about: Mapping[str, Any]) -> Figure | None:
