@@ -34,10 +34,28 @@ RESIDENT_WARPS = 8
 """Warps of a multiprocessor that are at work at once, at least: two for each of its partitions to take turns."""
 
 
-def config_for(gemm: Gemm, tokens: int, top_k: int, device: torch.device) -> Config:
-    """Choose the tiles of a GEMM for a call of `tokens` tokens on a device: measured, or by the rule for its kind."""
+def config_for(gemm: Gemm, tokens: int, top_k: int, device: torch.device, *, is_plain: bool = False) -> Config:
+    """
+    Choose the tiles of a GEMM for a call of `tokens` tokens on a device: measured, or by the rule for its kind.
+
+    Many rows on sm_90 take the kernels that divide loading and multiplying between warps, but for launches that want
+    another end than theirs (`is_plain`).
+    """
+    divided = None if is_plain or arch_of(device) != 90 else _divided(gemm, tokens, top_k, device)
+    if divided is not None:
+        return divided
     rule, tuned = config_for_arch(gemm, tokens, top_k, arch_of(device)), tuned_for(device)
     return rule if tuned is None else tuned_config(tuned, gemm, tokens, top_k, rule)
+
+
+def _divided(gemm: Gemm, tokens: int, top_k: int, device: torch.device) -> Config | None:
+    """Tiles of the kernels for many rows on sm_90, or None where rows are few or the kernels are not for this GEMM."""
+    if device.type != "cuda":
+        return None
+    from mxmoe.backends.triton import hopper  # its kernels are no Python that the interpreter runs
+
+    many = mean_rows(gemm, tokens, top_k) >= hopper.ENOUGH_ROWS
+    return hopper.config_for(gemm) if many and hopper.runs_on(device) else None
 
 
 def config_for_arch(gemm: Gemm, tokens: int, top_k: int, arch: int) -> Config:

@@ -86,7 +86,8 @@ class Bank:
     def configs(self, tokens: int, top_k: int) -> tuple[Config, ...]:
         """Tiles of every GEMM for a call of so many tokens."""
         device = self.down.arena.data.device
-        entries = (config_for(one.gemm, tokens, top_k, device).whole() for one in self.entries)
+        plain = not (self.is_fused and self.entries[0].gemm.gated)
+        entries = (config_for(one.gemm, tokens, top_k, device, is_plain=plain).whole() for one in self.entries)
         return (*entries, config_for(self.down.gemm, tokens, top_k, device))
 
     def tables(self, tokens: int, top_k: int, configs: tuple[Config, ...]) -> Tables:

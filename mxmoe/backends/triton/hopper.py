@@ -21,14 +21,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mxmoe.backends.triton import kernels, kernels_hopper
 from mxmoe.backends.triton.dispatch import Tables, TileClass
-from mxmoe.backends.triton.launch import Epilogue, Matrices, Rows
 from mxmoe.backends.triton.layout import ALIGN, KINDS, body_of
 from mxmoe.backends.triton.mode import interpreting, programs_at_once
-from mxmoe.backends.triton.tiles import Config, Gemm, Shape, classes_of
+from mxmoe.backends.triton.operands import Epilogue, Matrices, Rows
+from mxmoe.backends.triton.tiles import DIVIDED_WARPS, Config, Gemm, Shape, classes_of
 from mxmoe.ir import Scheme
 
-WARPS = 12
-"""Warps of a program: two warpgroups that multiply, and one of which a warp loads. No other config has as many."""
+WARPS = DIVIDED_WARPS
+"""Warps of a program: two warpgroups that multiply, and one of which a warp loads."""
 ENOUGH_ROWS = 96.0
 """Rows of a mean active expert from which these kernels are faster, the copy to sorted rows included."""
 DENSE_STAGES, NIBBLE_STAGES = 4, 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mxmoe.backends.triton import kernels, prepare
 from mxmoe.backends.triton.dispatch import Dispatch, Tables, power_of_two_from
-from mxmoe.backends.triton.layout import Arena
 from mxmoe.backends.triton.mode import interpreting, programs_at_once
+from mxmoe.backends.triton.operands import Epilogue, Matrices, Rows
 from mxmoe.backends.triton.rows import RowKind
 from mxmoe.backends.triton.schedule import (
     FEW_ASSIGNMENTS,
@@ -24,7 +24,7 @@ from mxmoe.backends.triton.schedule import (
     few_arguments,
     few_programs,
 )
-from mxmoe.backends.triton.tiles import Config, Gemm, classes_of
+from mxmoe.backends.triton.tiles import DIVIDED_WARPS, Config, classes_of
 from mxmoe.quant import apply_act, rotate
 from mxmoe.quant import hadamard as hadamard_matrix
 
@@ -45,32 +45,6 @@ TURNS = (16, 32, 64, 128)
 
 FUSED_TOKENS = 64
 """Tokens up to which one launch begins a call; more want the registers that building a schedule takes."""
-
-
-@dataclass(frozen=True, eq=False)
-class Matrices:
-    """The weights of one GEMM on the device."""
-
-    gemm: Gemm
-    arena: Arena
-    bias: Tensor | None
-    """float32 [matrices, experts, n]."""
-
-    def alone(self, matrix: int) -> Matrices:
-        """Give one of the matrices that share the rows, by itself."""
-        lanes = len(self.gemm.schemes)
-        starts = self.arena.starts[matrix * lanes : (matrix + 1) * lanes]
-        arena = replace(self.arena, matrices=1, base=self.arena.base[matrix : matrix + 1], starts=starts)
-        bias = None if self.bias is None else self.bias[matrix : matrix + 1]
-        return Matrices(replace(self.gemm, gated=False), arena, bias)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Activations as the bodies read them, one entry for each kind of rows."""
-
-    codes: tuple[Tensor, ...]
-    scales: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -150,20 +124,6 @@ def hadamard(turn: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return hadamard_matrix(turn).to(device=device, dtype=dtype)
 
 
-@dataclass(frozen=True)
-class Epilogue:
-    """What becomes of the sums: `none` leaves them."""
-
-    act: str = "none"
-    params: tuple[float, ...] = ()
-
-    @property
-    def pair(self) -> tuple[float, float]:
-        """Two numbers, whatever the kind takes."""
-        filled = (*self.params, 0.0, 0.0)
-        return filled[0], filled[1]
-
-
 def run_gemm(
     matrices: Matrices, config: Config, rows: Rows, tables: Tables, which: int, out: Tensor, epilogue: Epilogue,
     *, gather: bool, compile_only: bool = False,
@@ -181,6 +141,13 @@ def run_gemm(
         gather: whether a sorted row reads its token's activations, or its own.
         compile_only: only compile what would be launched; tensors may then lie anywhere and hold anything.
     """
+    if config.warps == DIVIDED_WARPS:
+        from mxmoe.backends.triton import hopper  # its kernels are no Python that the interpreter runs
+
+        hopper.run_hopper(
+            matrices, config, rows, tables, which, out, epilogue, gather=gather, compile_only=compile_only
+        )
+        return
     gemm, dispatch = matrices.gemm, tables.dispatch
     _, classes = classes_of(gemm, config)
     place = dispatch.places

@@ -12,6 +12,8 @@ from mxmoe.ir import Scheme
 
 HEIGHTS = (16, 32, 64, 128, 256)
 """Rows of a tile that the kernels are made for."""
+DIVIDED_WARPS = 12
+"""Warps of a program that divides loading and multiplying between them (`hopper.py`); no other config has as many."""
 WIDTHS = (64, 128, 256)
 """Output channels of a tile, of each of the matrices where there are two."""
 
