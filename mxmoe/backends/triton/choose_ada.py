@@ -30,6 +30,13 @@ Most registers of a thread, where a launch asks for them all.
 Left to itself the assembler gives 128, for two programs of eight warps, and spills a few; asked for more than it needs
 it takes them too, so that only launches which would spill ask.
 """
+DIVIDES = False
+"""
+Whether launches of many rows on sm_90 take the kernels of `hopper.py`.
+
+Off: alone they were held to the definition and timed on an H200 (faster from 96 rows of a mean expert on), within a
+whole block they have not run yet.
+"""
 RESIDENT_WARPS = 8
 """Warps of a multiprocessor that are at work at once, at least: two for each of its partitions to take turns."""
 
@@ -50,7 +57,7 @@ def config_for(gemm: Gemm, tokens: int, top_k: int, device: torch.device, *, is_
 
 def _divided(gemm: Gemm, tokens: int, top_k: int, device: torch.device) -> Config | None:
     """Tiles of the kernels for many rows on sm_90, or None where rows are few or the kernels are not for this GEMM."""
-    if device.type != "cuda":
+    if not DIVIDES or device.type != "cuda":
         return None
     from mxmoe.backends.triton import hopper  # its kernels are no Python that the interpreter runs
 

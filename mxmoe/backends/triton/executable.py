@@ -11,7 +11,7 @@ from torch import Tensor
 from mxmoe.backends.routing import check_shapes
 from mxmoe.backends.triton.choose_ada import config_for
 from mxmoe.backends.triton.dispatch import Dispatch, Tables
-from mxmoe.backends.triton.joint import MOST_TOKENS, Joint
+from mxmoe.backends.triton.joint import JOINS_ON_GPU, MOST_TOKENS, Joint
 from mxmoe.backends.triton.launch import (
     FUSED,
     Epilogue,
@@ -23,6 +23,7 @@ from mxmoe.backends.triton.launch import (
     run_combine,
     run_gemm,
 )
+from mxmoe.backends.triton.mode import interpreting
 from mxmoe.backends.triton.op import hold
 from mxmoe.backends.triton.schedule import allocate, build
 from mxmoe.backends.triton.tiles import Config, classes_of
@@ -222,7 +223,8 @@ class TritonExecutable:
 
     def joins(self, tokens: int) -> bool:
         """Say whether `run_block` runs both banks of so many tokens in the same launches."""
-        return self.joint is not None and 0 < tokens <= MOST_TOKENS
+        runs = JOINS_ON_GPU or interpreting()
+        return runs and self.joint is not None and 0 < tokens <= MOST_TOKENS
 
     @torch.no_grad()
     def run_block(

@@ -33,6 +33,12 @@ _KERNELS: Any = kernels_joint
 
 JOINED = ("routed", "shared")
 """Banks that one set of launches may run, in the order of their lanes."""
+JOINS_ON_GPU = False
+"""
+Whether banks are joined on a GPU as they are in the interpreter, where they are held to the definition.
+
+Off: the joined kernels compile for sm_89 and sm_90 and have not run on either yet.
+"""
 MOST_TOKENS = 1024
 """Tokens up to which banks run together; beyond, starting launches takes no part, and each has tiles of its own."""
 BEYOND = 16
