@@ -171,7 +171,7 @@ def compile_launch(gemm: Gemm, config: Config, tokens: int, top_k: int) -> None:
     base = torch.zeros((1 + gemm.gated, len(gemm.schemes), 3), dtype=torch.int64)
     arena = Arena(gemm.n, gemm.k, gemm.schemes, len(base), torch.zeros(1024, dtype=torch.uint8), base, ())
     kinds = gemm.row_kinds
-    codes = tuple(torch.zeros((16, 16), dtype=kind.dtype) for kind in kinds)
+    codes = tuple(torch.zeros((16, gemm.k), dtype=kind.dtype) for kind in kinds)
     rows = Rows(codes, tuple(torch.zeros(16) for _ in kinds))
     dispatch = Dispatch(len(gemm.schemes), top_k, tokens, (classes_of(gemm, config)[0],))
     out = _outputs(gemm, config, dispatch, torch.device("cpu"))

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mxmoe.backends.triton.choose import by_rule
+from mxmoe.backends.triton import hopper
+from mxmoe.backends.triton.choose import by_rule, mean_rows
 from mxmoe.backends.triton.measure import Job, Workload, read_rows, rows_of, sweep
-from mxmoe.backends.triton.tiles import Config, Gemm
+from mxmoe.backends.triton.tiles import DIVIDED_WARPS, Config, Gemm
 from mxmoe.backends.triton.tune import TOKENS, WORKLOADS
-from mxmoe.backends.triton.tuned import Tuned, for_device, spell_config, tuned_config
+from mxmoe.backends.triton.tuned import Tuned, for_device, parse_config, spell_config, tuned_config
 from mxmoe.files import write_whole
 from mxmoe.ir import Scheme
 
@@ -45,12 +46,18 @@ def mixed_plan(number: int, kind: int) -> str:
 
 
 def profile_jobs(
-    tuned: Tuned | None, workloads: Sequence[Workload], tokens: Sequence[int], schemes: Sequence[str]
+    tuned: Tuned | None,
+    workloads: Sequence[Workload],
+    tokens: Sequence[int],
+    schemes: Sequence[str],
+    *,
+    divides: bool = False,
 ) -> list[Job]:
-    """Launches to fit on: every scheme alone, and mixes by rule and as tuned."""
+    """Launches to fit on: every scheme alone, and mixes by rule and as tuned; see `chosen`."""
 
     def job(one: Workload, count: int, plan: str, tuned: Tuned | None) -> Job:
-        return Job(one, count, plan, spell_config(chosen(one.gemm(plan), count, one.top_k, tuned)))
+        config = chosen(one.gemm(plan), count, one.top_k, tuned, divides=divides)
+        return Job(one, count, plan, spell_config(config))
 
     grid = list(itertools.product(workloads, tokens))
     found = [job(one, count, scheme, tuned) for scheme, (one, count) in itertools.product(schemes, grid)]
@@ -63,8 +70,12 @@ def profile_jobs(
     return list(dict.fromkeys(found))
 
 
-def chosen(gemm: Gemm, tokens: int, top_k: int, tuned: Tuned | None) -> Config:
-    """Choose the config of a launch: by rule, or with entries put together."""
+def chosen(gemm: Gemm, tokens: int, top_k: int, tuned: Tuned | None, *, divides: bool = False) -> Config:
+    """Choose the config of a launch as `choose_ada.config_for` does: `divides` says whether `hopper.py` runs there."""
+    if divides and mean_rows(gemm, tokens, top_k) >= hopper.ENOUGH_ROWS:
+        divided = hopper.config_for(gemm)
+        if divided is not None:
+            return divided
     rule = by_rule(gemm, tokens, top_k)
     return rule if tuned is None else tuned_config(tuned, gemm, tokens, top_k, rule)
 
@@ -93,11 +104,14 @@ def launches(measured: Path, tiles: Path | None) -> list[tuple[int, int, dict[Sc
         and microseconds: the fields of `mxmoe.cost.Observation`.
     """
     tuned = Tuned.loads(tiles.read_text()) if tiles else None
+    rows_found = read_rows(measured)
+    divides = any(parse_config(row["config"]).warps == DIVIDED_WARPS for row in rows_found)
     found: list[tuple[int, int, dict[Scheme, dict[int, int]], float]] = []
-    for row in read_rows(measured):
+    for row in rows_found:
         job = Job.of_row(row)
         gemm = job.workload.gemm(job.plan)
-        if row["status"] != "ok" or job.config != spell_config(chosen(gemm, job.tokens, job.workload.top_k, tuned)):
+        config = chosen(gemm, job.tokens, job.workload.top_k, tuned, divides=divides)
+        if row["status"] != "ok" or job.config != spell_config(config):
             continue
         load: dict[Scheme, dict[int, int]] = {}
         for scheme, rows in zip(gemm.schemes, rows_of(job), strict=True):
@@ -128,7 +142,8 @@ def measure(
     many = workers or max(1, (os.cpu_count() or 2) - 1)
     found = Tuned.loads(tiles.read_text()) if tiles else for_device(torch.cuda.get_device_name())
     together = None if found is None else replace(found, mixes=True)
-    jobs = profile_jobs(together, workloads, tokens, schemes)
+    divides = hopper.runs_on(torch.device("cuda", torch.cuda.current_device()))
+    jobs = profile_jobs(together, workloads, tokens, schemes, divides=divides)
     rows = sweep(jobs, measured, seconds=seconds, workers=many, title="launches")
     text = f"{len(rows)} launches in {measured}"
     gain = None if together is None else gain_of_mixes(rows, together)
