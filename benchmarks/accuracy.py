@@ -71,7 +71,7 @@ class Study:
         self.subjects: dict[str, Subject] = {}
         self.rows: list[dict[str, Any]] = []
         options.results.mkdir(parents=True, exist_ok=True)
-        self.csv = options.results / "accuracy.csv"
+        self.csv = options.results / f"{options.name}.csv"
         if options.resume and self.csv.exists():
             self.rows = list(csv.DictReader(io.StringIO(self.csv.read_text())))
         self.saved = time.monotonic()
@@ -124,6 +124,8 @@ class Study:
         if smoke:
             drawn = [job for job in todo if job.method.startswith("random ")]
             todo = [job for job in todo if job not in drawn[2:]]
+        if self.options.quantizers:
+            todo = [job for job in todo if job.quantizer in self.options.quantizers and job.model == "study"]
         done = {tuple(row[key] for key in ("model", "quantizer", "seed", "setting", "method")) for row in self.rows}
         self._floor()
         alpha = None if smoke else AlphaFacts(self.subject("study").layouts[False], self.options.workers)
@@ -285,6 +287,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="windows at a time")
     parser.add_argument("--workers", type=int, default=8, help="threads for eigenvalues")
     parser.add_argument("--gptq", default="gptq{scales=rtn_mse}", help="the quantizer of weight-only schemes")
+    parser.add_argument("--quantizers", nargs="+", help="only these, e.g. rtn; without the planted model")
+    parser.add_argument("--name", default="accuracy", help="of the CSV and the JSON")
     parser.add_argument("--experts", help="how transformers runs the experts that are observed, e.g. eager")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--resume", action="store_true", help="add to the rows that are there")

@@ -76,13 +76,19 @@ def write_page(results: Path, docs: Path) -> None:
         save_figure(figure, images / name)
     timed = results / "accuracy_speed.json"
     speed = json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else None
-    write_whole(docs / "accuracy.md", render(table, about, sorted(drawn), speed))
+    other = results / "accuracy_small.csv"
+    small = (Table.read(other), json.loads(other.with_suffix(".json").read_text())) if other.exists() else None
+    write_whole(docs / "accuracy.md", render(table, about, sorted(drawn), speed, small))
 
 
 def render(
-    table: Table, about: Mapping[str, Any], pictures: Sequence[str], speed: Mapping[str, Any] | None = None
+    table: Table,
+    about: Mapping[str, Any],
+    pictures: Sequence[str],
+    speed: Mapping[str, Any] | None = None,
+    small: tuple[Table, Mapping[str, Any]] | None = None,
 ) -> str:
-    """Put the page together."""
+    """Put the page together; `small` is the same study of the smaller model, on a CPU."""
     judged = claims(table)
     summary = markdown(
         ["", "claim", "verdict"], [[f"({x})", one.title, one.verdict] for x, one in zip("abcdef", judged, strict=True)]
@@ -105,6 +111,8 @@ def render(
         found = methods_table(table, quantizer)
         if found:
             parts += [f"## Allocators, {quantizer}", "Held-out perplexity.", found]
+    if small is not None:
+        parts += ["## Allocators, rtn, on the smaller study model", small_text(*small)]
     for setting in ("2.25", "w5a5"):
         parts += [f"## Every measure, {setting}, gptq", measures_table(table, setting)]
     parts += ["## Time and memory", cost_table(table), _phases(about)]
@@ -197,6 +205,16 @@ def cost_table(table: Table) -> str:
     head = ["model", "quantizer", "plans", "quantize, all schemes, s", "observe, s", "solve, s", "measure, s"]
     text = "Quantizing includes collecting Hessians; a shelf of codes and an observation serve all plans of a seed.\n\n"
     return text + markdown([*head, "peak GB, prepare", "peak GB, measure"], rows)
+
+
+def small_text(table: Table, about: Mapping[str, Any]) -> str:
+    """Say what allocators do for round to nearest, on the model that a CPU can study."""
+    texts = about["texts"]["held_out"]
+    floor = mean_of(line.number("held_ppl_bf16") for line in table.lines)
+    return (
+        f"{about['model'].get('parameters', 0):,} weights, {texts:,} held-out tokens, a perplexity of {floor:.3f} in"
+        f" 16 bits;\n{about['machine']}, by `{about['command']}`.\n\n" + methods_table(table, "rtn")
+    )
 
 
 def speed_text(speed: Mapping[str, Any]) -> str:
