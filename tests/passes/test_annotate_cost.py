@@ -26,6 +26,7 @@ def test_roofline(golden: object) -> None:
 
 def test_auto_takes_the_profile_where_there_is_one() -> None:
     assert isinstance(find_cost_model("auto", "rtx4090"), Measured)
+    assert isinstance(find_cost_model("auto", find_target("triton-sm90").device), Measured)
     assert isinstance(find_cost_model("auto", "a100"), Roofline)
     np.testing.assert_array_equal(costs(AnnotateCost())[0], costs(AnnotateCost(model="measured", device="rtx4090"))[0])
 
