@@ -7,7 +7,7 @@ run over held-out text and one over text of another kind, beside the 16-bit mode
 come first; what does not fit into --seconds is left out, and `--resume` adds it. Rows are appended to
 `results/accuracy.csv` (beside it `accuracy.json`: machine, versions, command, phases), of which the page is made.
 
-    python benchmarks/accuracy.py --folder /tmp/study_moe --device cuda --seconds 440
+    python benchmarks/accuracy.py --folder study_moe --device cuda --seconds 440
     python benchmarks/accuracy.py --smoke              # the shipped tiny model, a minute on a CPU
     python benchmarks/accuracy.py --page               # docs/accuracy.md of what is in results/
 """
