@@ -22,8 +22,8 @@ from mxmoe.backends.triton.choose_ada import config_for
 from mxmoe.backends.triton.dispatch import Dispatch
 from mxmoe.backends.triton.executable import Bank
 from mxmoe.backends.triton.launch import Epilogue, Matrices, make_rows, run_gemm
-from mxmoe.backends.triton.schedule import allocate, build
 from mxmoe.backends.triton.layout import Arena, allocate_arena, meta_bytes, payload_bytes, unpack_meta, unpack_payload
+from mxmoe.backends.triton.schedule import allocate, build
 from mxmoe.backends.triton.tiles import Config, Gemm, classes_of
 from mxmoe.ir import Scheme
 from mxmoe.quant import Quantized, dequantize, quantize_activation
