@@ -317,6 +317,8 @@ def main(arguments: Sequence[str]) -> None:
             totals[name.split()[0]] += seconds
         listed = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in totals.items())
         say(f"{len(study.rows)} plans, {study.left_out} left out; {listed}")
+    if not (options.results / "accuracy.csv").exists():
+        return  # a table of another name stands beside the main one
     try:
         from accuracy_page import write_page  # matplotlib; what was measured is there without it
     except ModuleNotFoundError as error:

@@ -118,7 +118,7 @@ def render(
     parts += ["## Time and memory", cost_table(table), _phases(about)]
     if speed is not None:
         parts += ["## A whole layer of Qwen1.5-MoE's shape", speed_text(speed)]
-    parts.append(_limits(table, about))
+    parts.append(_limits(table, about, has_small=small is not None))
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
@@ -247,7 +247,7 @@ def _phases(about: Mapping[str, Any]) -> str:
     return "Whole run: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in totals.items()) + "."
 
 
-def _limits(table: Table, about: Mapping[str, Any]) -> str:
+def _limits(table: Table, about: Mapping[str, Any], *, has_small: bool) -> str:
     peaks = about.get("max over median, study", {})
     planted = about.get("max over median, planted", {})
     words = ", ".join(f"{value:.0f} at {role.replace('_', ' and ')}" for role, value in peaks.items())
@@ -256,16 +256,17 @@ def _limits(table: Table, about: Mapping[str, Any]) -> str:
     return LIMITS.format(
         parameters=f"{about['model'].get('parameters', 0):,}",
         outliers=f"Largest over median channel:\n  {words}{after} (median over experts).",
-        missing=_missing(table),
+        missing=_missing(table, has_small=has_small),
         floor=f"{floor[0].number('held_kl'):.2g}" if floor else "unknown size",
         window=about["arguments"]["window"],
     )
 
 
-def _missing(table: Table) -> str:
+def _missing(table: Table, *, has_small: bool) -> str:
     """Say which quantizers were not reached with allocators."""
     names = [q for q in ("gptq", "rtn", "gptq+hadamard") if not table.pick(model="study", quantizer=q, method="fisher")]
-    return f"with {', '.join(names)} none was." if names else "all quantizers were."
+    where = "\n  The smaller model, on little text and one seed, stands in for it." if has_small else ""
+    return f"with {', '.join(names)} none was.{where}" if names else "all quantizers were."
 
 
 def draw_bits(table: Table, about: Mapping[str, Any]) -> Figure | None:
