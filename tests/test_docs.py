@@ -83,7 +83,8 @@ def run_console(block: Block, path: Path) -> None:
         with both[0], both[1], contextlib.suppress(SystemExit):  # --help and --version exit
             main(words[1:])
         found = printed.getvalue().strip()
-        assert matches(found, wanted.strip()), f"{path}:{block.line}: $ {line}\nprints\n{found}\nand not\n{wanted}"
+        if not matches(found, wanted.strip()):
+            raise AssertionError(f"{path}:{block.line}: $ {line}\nprints\n{found}\nand not\n{wanted}")
 
 
 def matches(found: str, wanted: str) -> bool:
