@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mxmoe.calib.gradients import Loss, next_token_loss
     from mxmoe.calib.hessians import BankHessians, Hessians
     from mxmoe.calib.inputs import Batch, Feed, Inputs
-    from mxmoe.calib.observer import observe, observe_weights
+    from mxmoe.calib.observer import evaluating, observe, observe_weights
     from mxmoe.calib.reduce import Expert, ExpertError, Reduction
     from mxmoe.calib.repair import Agreement, RouterRepair, repair_routers
     from mxmoe.calib.router import Router, find_router
@@ -47,6 +47,7 @@ _HOME = {
     "collect_hessians": "mxmoe.calib.gather",
     "find_router": "mxmoe.calib.router",
     "next_token_loss": "mxmoe.calib.gradients",
+    "evaluating": "mxmoe.calib.observer",
     "observe": "mxmoe.calib.observer",
     "observe_weights": "mxmoe.calib.observer",
     "repair_routers": "mxmoe.calib.repair",
@@ -81,6 +82,7 @@ __all__ = [
     "Stats",
     "byte_windows",
     "collect_hessians",
+    "evaluating",
     "find_router",
     "next_token_loss",
     "observe",

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxmoe.calib import Feed, Inputs
+from mxmoe.calib import Feed, Inputs, evaluating
 from mxmoe.errors import NotTraceable
 from mxmoe.frontend import ExpertViews, Lifted, LiftedBlock, expert_views
-from mxmoe.transform.rows import evaluating
 
 _TOKENS = 32
 """Tokens that are traced: enough that no two inputs are equal by chance."""

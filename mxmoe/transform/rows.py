@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mxmoe.calib import Feed, Inputs
+from mxmoe.calib import Feed, Inputs, evaluating
 from mxmoe.frontend import ExpertViews, Lifted, LiftedBank, LiftedBlock
 from mxmoe.ir import BankShape
 from mxmoe.quant import apply_act
@@ -92,18 +92,6 @@ class Thinned:
     def rows(self) -> Tensor | None:
         """[at most limit, width] in float32, or None if none came."""
         return torch.cat(self.parts).float() if self.count else None
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Generator[None]:
-    """Switch dropout and router jitter off, and give every submodule its mode back."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
 
 
 @contextmanager
