@@ -13,7 +13,14 @@ from mxmoe.quant.matmul import matmul
 from mxmoe.quant.options import WithOptions
 from mxmoe.quant.packing import code_position, decode_code, encode_word, pack, pack_codes, unpack, unpack_codes
 from mxmoe.quant.quantized import Packed, Quantized, n_payload_bytes, scale_dtype
-from mxmoe.quant.quantizers import QUANTIZERS, Quantizer, find_quantizer, needs_hessian, spell_quantizer
+from mxmoe.quant.quantizers import (
+    QUANTIZERS,
+    Quantizer,
+    find_quantizer,
+    needs_hessian,
+    quantize_each,
+    spell_quantizer,
+)
 from mxmoe.quant.rtn import checked_weight, dequantize, quantize
 from mxmoe.quant.tolerance import block_tolerance, tolerance
 from mxmoe.quant.weights import PackedWeights, Weights
@@ -50,6 +57,7 @@ __all__ = [
     "pack_codes",
     "quantize",
     "quantize_activation",
+    "quantize_each",
     "random_signs",
     "rotate",
     "scale_dtype",

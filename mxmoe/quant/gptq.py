@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -83,30 +83,75 @@ class Gptq(WithOptions):
             BadWeight, NonFiniteWeights, WeightsBeyondFormat: as `quantize`.
             BadHessian: a Hessian of another shape or dtype, or with NaN or infinity.
         """
-        dense = checked_weight(weight, scheme, name)
+        return self.each(weight, [scheme], name=name, hessian=hessian)[0]
+
+    def each(
+        self, weight: Tensor, schemes: Sequence[Scheme], *, name: str = "weight", hessian: Tensor | None = None
+    ) -> list[Quantized]:
+        """
+        Quantize to several schemes, with what one call for each gives; Hessians are ordered and factored once.
+
+        Takes k x k float32 more for each matrix at work where schemes have groups that are not static.
+        """
+        checked = [checked_weight(weight, scheme, name) for scheme in schemes]
+        if not checked:
+            return []
+        dense = checked[0]
         hessians = None if hessian is None else checked_hessian(hessian, dense, name)
-        if hessians is None or scheme.is_float or not dense.numel():
-            return find_quantizer(self.scales)(dense, scheme, name=name)
-        stack = dense.reshape(-1, *dense.shape[-2:])
-        size = self._at_once(*dense.shape[-2:])
-        parts = [
-            _Work(self, part, hessian, scheme).run()
-            for part, hessian in zip(stack.split(size), hessians.split(size), strict=True)
+        parts: dict[Scheme, list[list[Tensor]]] = {}
+        if hessians is not None and dense.numel():
+            parts = {scheme: [] for scheme in schemes if not scheme.is_float}
+            stack = dense.reshape(-1, *dense.shape[-2:])
+            size = self._at_once(*dense.shape[-2:])
+            for part, own in zip(stack.split(size), hessians.split(size), strict=True):
+                factors = _Factors(self, part, own)
+                for scheme, done in parts.items():
+                    done.append(_Work(self, part, factors, scheme).run())
+        plain = find_quantizer(self.scales)
+        return [
+            _joined(parts[scheme], scheme, dense.shape[:-1]) if scheme in parts else plain(dense, scheme, name=name)
+            for scheme in schemes
         ]
-        joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
-        codes, scale, *zero = (tensor.reshape(*dense.shape[:-1], -1) for tensor in joined)
-        return Quantized(scheme, codes.view(CODE_DTYPES[scheme.weight_format]), scale, *zero)
 
     def _at_once(self, n: int, k: int) -> int:
         """Count the matrices [n, k] that `max_gb` has room for."""
         return max(1, int((self.max_gb * 1e9 - 40 * k * k) / (4 * k * (k + 5 * n))))
 
 
+def _joined(parts: Sequence[Sequence[Tensor]], scheme: Scheme, shape: torch.Size) -> Quantized:
+    """Put codes, scales and zero points of the parts of a stack [*shape, k] together."""
+    codes, scale, *zero = (torch.cat(each).reshape(*shape, -1) for each in zip(*parts, strict=True))
+    return Quantized(scheme, codes.view(CODE_DTYPES[scheme.weight_format]), scale, *zero)
+
+
+class _Factors:
+    """Orders of the channels of some matrices, and factors of their Hessians in these; each is found when asked for."""
+
+    def __init__(self, options: Gptq, weight: Tensor, hessian: Tensor) -> None:
+        """Take weight float32 [batch, n, k], hessian [batch, k, k]."""
+        self.options, self.weight, self.hessian = options, weight, hessian
+        self.found: dict[int | None, tuple[Tensor, Tensor]] = {}
+
+    def of(self, group_size: int | None) -> tuple[Tensor, Tensor]:
+        """Give order [batch, k] and feedback [batch, k, k]; a number orders groups of so many channels as wholes."""
+        if not self.options.act_order:
+            group_size = None
+        if group_size not in self.found:
+            batch, _, k = self.weight.shape
+            device = self.weight.device
+            order = torch.arange(k, device=device).expand(batch, k)
+            if self.options.act_order:
+                diagonal = self.hessian.diagonal(dim1=-2, dim2=-1).to(device)
+                order = activation_order(diagonal, group_size)
+            self.found[group_size] = order, feedback(self.hessian, order, self.options.damping, self.weight)
+        return self.found[group_size]
+
+
 class _Work:
     """Some matrices while they are rounded, channel by channel; everything is [batch, channel, n] here."""
 
-    def __init__(self, options: Gptq, weight: Tensor, hessian: Tensor, scheme: Scheme) -> None:
-        """Order and factor; weight float32 [batch, n, k], hessian [batch, k, k]."""
+    def __init__(self, options: Gptq, weight: Tensor, factors: _Factors, scheme: Scheme) -> None:
+        """Order the weight, float32 [batch, n, k], and choose scales."""
         self.options = options
         self.scheme = scheme
         self.format = FORMATS[scheme.weight_format]
@@ -115,13 +160,9 @@ class _Work:
         self.column = dataclasses.replace(scheme, group_size=None)
         batch, n, k = weight.shape
         self.is_dynamic = not options.static_groups and scheme.group_size is not None
-        self.order = torch.arange(k, device=weight.device).expand(batch, k)
-        if options.act_order:
-            diagonal = hessian.diagonal(dim1=-2, dim2=-1).to(weight.device)
-            self.order = activation_order(diagonal, scheme.group_size if self.is_dynamic else None)
+        self.order, self.feedback = factors.of(scheme.group_size if self.is_dynamic else None)
         self.group = self.order // (scheme.group_size or k)
         self.matrices = torch.arange(batch, device=weight.device)[:, None]
-        self.feedback = feedback(hessian, self.order, options.damping, weight)
         self.weight = weight.mT[self.matrices, self.order].contiguous()
         self.codes = torch.empty(self.weight.shape, dtype=torch.uint8, device=weight.device)
         if self.is_dynamic:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -24,6 +25,8 @@ GRID = tuple(step / 20 for step in range(20))
 """Exponents that are tried; 0 scales nothing, so that no objective gets worse."""
 
 _LEAST = 1e-4
+_AT_ONCE = 1 << 26
+"""Weights that are tried together: bounds the memory of the search to a few of these in float32."""
 
 
 def awq(
@@ -106,6 +109,8 @@ class _Linear:
     rows: Tensor
     """Float32 [m, k]."""
     count: int
+    owner: int = 0
+    """Which of the scales is its own."""
 
 
 @dataclass(frozen=True)
@@ -120,42 +125,77 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Search:
-    """Tries the grid."""
+    """Tries the grid, on stacks of linears."""
 
     schemes: Sequence[Scheme]
     quantizer: Quantizer
     exact: bool
 
-    def best(self, mean: Tensor, linears: Sequence[_Linear]) -> _Choice:
-        """Choose the scale [k] for linears that share their input, of which `mean` [k] is the mean magnitude."""
+    def best(self, mean: Tensor, linears: Sequence[_Linear]) -> list[_Choice]:
+        """Choose the scales [owners, k] for inputs of which `mean` [owners, k] are the mean magnitudes."""
         scales = [self._scale(mean, alpha) for alpha in GRID]
-        errors = [torch.tensor([self._error(s, scheme, linears) for scheme in self.schemes]) for s in scales]
+        errors = torch.zeros((len(GRID), len(self.schemes), len(mean)), dtype=torch.float64, device=mean.device)
+        for stack in _stacked(linears):
+            for i, scale in enumerate(scales):
+                for j, scheme in enumerate(self.schemes):
+                    errors[i, j].index_add_(0, stack.owner, self._errors(scale[stack.owner].float(), scheme, stack))
         # a scheme without error has nothing to gain
-        plain = torch.where(errors[0] > 0, errors[0], 1.0)
-        left = [float((error / plain).mean()) for error in errors]
-        first = left[0] or 1.0
-        best = min(range(len(GRID)), key=left.__getitem__)
-        return _Choice(scales[best], GRID[best], left[best] / first)
+        left = (errors / torch.where(errors[0] > 0, errors[0], 1.0)).mean(1).cpu().numpy()
+        first = np.where(left[0] > 0, left[0], 1.0)
+        chosen = left.argmin(0).tolist()  # the first on a tie
+        return [
+            _Choice(scales[i][owner], GRID[i], float(left[i, owner] / first[owner])) for owner, i in enumerate(chosen)
+        ]
 
     def _scale(self, mean: Tensor, alpha: float) -> Tensor:
-        """AWQ's scale, float64; 1 for channels that were always zero."""
+        """AWQ's scales [owners, k], float64; 1 for channels that were always zero."""
         used = mean > 0
-        if not used.any():
-            return torch.ones_like(mean)
-        power = mean.clamp(min=float(mean[used].min())).pow(alpha)
-        scale = power / (power.max() * power.min()).sqrt()
+        least = torch.where(used, mean, torch.inf).amin(-1, keepdim=True)
+        power = torch.maximum(mean, least).pow(alpha)
+        scale = power / (power.amax(-1, keepdim=True) * power.amin(-1, keepdim=True)).sqrt()
         scale = torch.where(used, scale.clamp(min=_LEAST), 1.0)
         return power_of_two(scale) if self.exact else scale
 
-    def _error(self, scale: Tensor, scheme: Scheme, linears: Sequence[_Linear]) -> float:
-        total = 0.0
-        s = scale.float()
-        for one in linears:
-            weight = one.weight.float()
-            scaled = dequantize(self.quantizer(weight * s, scheme, name=one.name, hessian=None))
-            change = one.rows @ (scaled / s - weight).mT
-            total += float(change.square().sum(dtype=torch.float64)) * one.count / len(one.rows)
-        return total
+    def _errors(self, scale: Tensor, scheme: Scheme, stack: _Stack) -> Tensor:
+        """Squared output error of each linear of a stack under scales [linears, k], float64 [linears]."""
+        s = scale.unsqueeze(1)
+        scaled = dequantize(self.quantizer(stack.weight * s, scheme, name=stack.name, hessian=None))
+        change = stack.rows @ (scaled / s - stack.weight).mT
+        return change.square().sum((-2, -1), dtype=torch.float64) * stack.factor
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Linears of one shape, side by side."""
+
+    name: str
+    weight: Tensor
+    """Float32 [linears, n, k]."""
+    rows: Tensor
+    """Float32 [linears, m, k], zeros behind the rows of each."""
+    factor: Tensor
+    """Float64 [linears], what a row stands for."""
+    owner: Tensor
+    """int64 [linears]."""
+
+
+def _stacked(linears: Sequence[_Linear]) -> Iterator[_Stack]:
+    """Put linears of one shape together, as many at a time as `_AT_ONCE` has room for."""
+    shapes: dict[torch.Size, list[_Linear]] = {}
+    for one in linears:
+        shapes.setdefault(one.weight.shape, []).append(one)
+    for shape, alike in shapes.items():
+        size = max(1, _AT_ONCE // shape.numel())
+        for part in (alike[at : at + size] for at in range(0, len(alike), size)):
+            device = part[0].weight.device
+            factors = [one.count / len(one.rows) for one in part]
+            yield _Stack(
+                part[0].name if len(part) == 1 else f"{part[0].name} to {part[-1].name}",
+                torch.stack([one.weight.float() for one in part]),
+                torch.nn.utils.rnn.pad_sequence([one.rows for one in part], batch_first=True),
+                torch.tensor(factors, dtype=torch.float64, device=device),
+                torch.tensor([one.owner for one in part], device=device),
+            )
 
 
 @dataclass
@@ -189,7 +229,8 @@ class _Seen:
             if role in self._views(key).weights
         ]
         count = sum(thinned.count for thinned in self.rows.values())
-        best = search.best(torch.stack(list(self.sums.values())).sum(0) / count, linears)
+        mean = torch.stack(list(self.sums.values())).sum(0, keepdim=True) / count
+        best = search.best(mean, linears)[0]
         fold_input(self.edge, best.scale)
         experts = sum(map(len, self.edge.experts.values()))
         return _folded(self.edge.block.name, "all", "gate_up", experts, [best])
@@ -200,17 +241,19 @@ class _Seen:
         for bank in self.edge.experts:
             if why_not_down(self._shape(bank)):
                 continue
-            choices: list[_Choice] = []
-            for key in (key for key in sorted(self.rows) if key[0] == bank):
+            keys = [key for key in sorted(self.rows) if key[0] == bank]
+            linears: list[_Linear] = []
+            for owner, key in enumerate(keys):
                 views, given = self._views(key), self.rows[key].rows()
                 assert given is not None, f"{key} was given rows"
                 inner = hidden_rows(self._shape(bank), views, given)
-                linear = _Linear(f"{self._name(key)}.down", views.weights["down"], inner, len(inner))
-                best = search.best(self.down_sums[key] / self.rows[key].count, [linear])
-                fold_down(self._name(key), views, best.scale)
-                choices.append(best)
-            if choices:
-                folded.append(_folded(self.edge.block.name, bank, "down", len(choices), choices))
+                linears.append(_Linear(f"{self._name(key)}.down", views.weights["down"], inner, len(inner), owner))
+            if not keys:
+                continue
+            choices = search.best(torch.stack([self.down_sums[k] / self.rows[k].count for k in keys]), linears)
+            for key, best in zip(keys, choices, strict=True):
+                fold_down(self._name(key), self._views(key), best.scale)
+            folded.append(_folded(self.edge.block.name, bank, "down", len(choices), choices))
         return folded
 
     def _views(self, key: tuple[str, int]) -> ExpertViews:

@@ -36,7 +36,6 @@ OPTIONS = (
     "gptq{scales=hqq}",
     "gptq{block=7}",
 )
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 def inputs(tokens: int, k: int, seed: int, batch: int = 1) -> Tensor:
@@ -366,16 +365,3 @@ def test_the_string_form() -> None:
     assert str(Gptq(damping=0.05, act_order=False)) == "gptq{damping=0.05 act-order=false}"
     with pytest.raises(UnknownName, match="no quantizer named 'rtm'; did you mean rtn"):
         find_quantizer("gptq{scales=rtm}")
-
-
-@GPU
-@pytest.mark.parametrize("text", TEXTBOOK)
-def test_the_gpu_gives_the_same_codes(text: str) -> None:
-    scheme = Scheme.parse(text)
-    weight, hessian = case(n=64, k=256)
-    cpu, gpu = gptq(weight, scheme, hessian=hessian), gptq(weight.cuda(), scheme, hessian=hessian.cuda())
-    assert part_that_differs(cpu, Quantized(scheme, gpu.codes.cpu(), *(_cpu(t) for t in (gpu.scale, gpu.zero)))) < 0.02
-
-
-def _cpu(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.cpu()

@@ -7,7 +7,7 @@ import torch
 
 from mxmoe.errors import BadWeight, NonFiniteWeights
 from mxmoe.ir import Scheme
-from mxmoe.quant import QUANTIZERS, Quantizer, dequantize
+from mxmoe.quant import QUANTIZERS, Quantizer, dequantize, find_quantizer, quantize_each
 
 SCHEMES = [
     Scheme.parse(text) for text in ("w4a16_g8_asym", "w3a16_sym", "w8a8_sym", "w4a4_g8_sym", "w8a8_e4m3", "bf16")
@@ -38,3 +38,16 @@ def test_a_quantizer_refuses_bad_weights_by_name(name: str) -> None:
 def test_a_quantizer_has_the_signature_of_the_protocol(name: str) -> None:
     wanted = list(inspect.signature(Quantizer.__call__).parameters)[1:]
     assert list(inspect.signature(QUANTIZERS[name]).parameters)[: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize("text", [*QUANTIZERS, "gptq{static-groups=false}", "gptq{act-order=false max-gb=0.0001}"])
+def test_several_schemes_at_once_are_what_they_are_one_by_one(text: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(3, 5, 20, generator=generator), torch.randn(3, 50, 20, generator=generator)
+    quantizer, hessian = find_quantizer(text), x.mT @ x
+    assert quantize_each(quantizer, weight, [], hessian=hessian) == []
+    found = quantize_each(quantizer, weight, SCHEMES, hessian=hessian)
+    for scheme, q in zip(SCHEMES, found, strict=True):
+        wanted = quantizer(weight, scheme, hessian=hessian)
+        assert q.scheme == scheme
+        assert torch.equal(dequantize(q), dequantize(wanted))
