@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from accuracy_bank import Layout
 from accuracy_plans import SETTINGS, Allocator, Job, jobs
-from accuracy_subject import BEGAN, TEXTS, AlphaFacts, Phases, Subject, say, spoken
+from accuracy_subject import BEGAN, FOLDS, TEXTS, AlphaFacts, Phases, Subject, say, spoken
 from common import RESULTS, circumstances
 from torch import Tensor, nn
 
@@ -44,9 +44,9 @@ from mxmoe.files import write_whole
 from mxmoe.ir import Scheme
 from mxmoe.transform import activation_profile, plant_outliers
 
-RESERVE = 8.0
+RESERVE = 5.0
 """Seconds before the end at which no plan is begun."""
-RESERVE_TO_PREPARE = 40.0
+RESERVE_TO_PREPARE = 25.0
 """The same for a plan whose model must be quantized or observed first."""
 SMOKE_SETTINGS = ("2.25", "w5a5", "w4a4", "w8a8")
 SMOKE_METHODS = ("squared", "fisher", "mxmoe", "squared, per expert", "random")
@@ -68,20 +68,31 @@ class Study:
             halves = {"held_out": options.tokens, "out_of_domain": options.tokens // 2}
             self.texts = {name: spread(ids, halves[name], options.window) for name, ids in self._texts(TEXTS)}
             self.data = dict(self._texts(["calibration"]))["calibration"]
-        self.subjects: dict[str, Subject] = {}
+        self.subjects: dict[tuple[str, str, int], Subject] = {}
         self.rows: list[dict[str, Any]] = []
         options.results.mkdir(parents=True, exist_ok=True)
         self.csv = options.results / f"{options.name}.csv"
-        if options.resume and self.csv.exists():
-            self.rows = list(csv.DictReader(io.StringIO(self.csv.read_text())))
         self.saved = time.monotonic()
         self._model: nn.Module = model
         self.notes: dict[str, Any] = {}
-        if self.rows:
-            before = json.loads(self.csv.with_suffix(".json").read_text())
-            self.notes = {key: before[key] for key in before if key == "drawn" or key.startswith("max over median")}
+        self.before: dict[str, Any] = {}
+        """Of the run that is resumed, its circumstances."""
+        if options.resume and self.csv.exists():
+            self._resume()
         self.failed: set[tuple[str, str]] = set()
+        self.total = 0
         self.left_out = 0
+
+    def _resume(self) -> None:
+        """Take what an earlier run measured, if it measured this model in this way."""
+        self.before = json.loads(self.csv.with_suffix(".json").read_text())
+        for key, now in (("model", self._trained()), ("texts", self._counts()), ("arguments", self._arguments())):
+            was = {name: value for name, value in self.before[key].items() if name != "batch"}
+            if was != {name: value for name, value in now.items() if name != "batch"}:
+                raise SystemExit(f"{self.csv} has another {key}, {was} and not {now}: leave --resume out")
+        self.rows = list(csv.DictReader(io.StringIO(self.csv.read_text())))
+        kept = [key for key in self.before if key == "drawn" or key.startswith("max over median")]
+        self.notes = {key: self.before[key] for key in kept}
 
     def _texts(self, names: Sequence[str] | dict[str, str]) -> Generator[tuple[str, Tensor]]:
         for name in names:
@@ -89,21 +100,27 @@ class Study:
             if path is not None:
                 yield name, read_ids(path, self.options.folder, self.vocabulary).to(self.device)
 
-    def subject(self, name: str) -> Subject:
-        """Give a model of the study; planting outliers changes nothing that it computes."""
-        if name not in self.subjects:
-            with self.phases(f"prepare {name}", self.device):
-                model = self._model
-                if name == "planted":
-                    model = copy.deepcopy(model)
-                    plant_outliers(model, channels=4, factor=32.0, roles=("down",), inputs=self.calibration(0)[:1])
-                self.subjects[name] = Subject(name, model, self)
-                lines = activation_profile(model, self.calibration(0)[:4], quiet=True).lines
-                self.notes[f"max over median, {name}"] = {
-                    role: float(np.median([line.peak for line in lines if line.role == role and line.bank == "routed"]))
-                    for role in ("gate_up", "down")
-                }
-        return self.subjects[name]
+    def subject(self, name: str, quantizer: str = "", seed: int = 0) -> Subject:
+        """Give a model of the study, with scales folded in where the quantizer folds."""
+        key = _key(name, quantizer, seed)
+        if key not in self.subjects:
+            self.subjects[key] = self.subject(name).folded(quantizer, seed) if key[1] else self._plain(name)
+        return self.subjects[key]
+
+    def _plain(self, name: str) -> Subject:
+        """Prepare a model; planting outliers changes nothing that it computes."""
+        with self.phases(f"prepare {name}", self.device):
+            model = self._model
+            if name == "planted":
+                model = copy.deepcopy(model)
+                plant_outliers(model, channels=4, factor=32.0, roles=("down",), inputs=self.calibration(0)[:1])
+            made = Subject(name, model, self)
+            lines = activation_profile(model, self.calibration(0)[:4], quiet=True).lines
+            self.notes[f"max over median, {name}"] = {
+                role: float(np.median([line.peak for line in lines if line.role == role and line.bank == "routed"]))
+                for role in ("gate_up", "down")
+            }
+        return made
 
     def calibration(self, seed: int) -> Tensor:
         """Draw windows of the calibration text, [windows, window]; a seed always draws the same."""
@@ -127,17 +144,22 @@ class Study:
         if self.options.quantizers:
             todo = [job for job in todo if job.quantizer in self.options.quantizers and job.model == "study"]
         done = {tuple(row[key] for key in ("model", "quantizer", "seed", "setting", "method")) for row in self.rows}
+        todo = [job for job in todo if job.key not in done]
         self._floor()
+        self.total = len(self.rows) + len(todo)
         alpha = None if smoke else AlphaFacts(self.subject("study").layouts[False], self.options.workers)
         later: list[Job] = []
-        for job in (job for job in todo if job.key not in done):
+        for job in todo:
             if job.method == "alphaq" and (alpha is None or not alpha.is_ready):
                 later.append(job)
             else:
                 self._try(job, alpha)
+        while alpha is not None and later and not alpha.is_ready and self.left > RESERVE:
+            time.sleep(0.2)
         for job in later if alpha is not None and alpha.is_ready else ():
             self._try(job, alpha)
         if alpha is not None:
+            self.left_out += 0 if alpha.is_ready else len(later)
             alpha.pool.shutdown(wait=False, cancel_futures=True)
         self.save(force=True)
 
@@ -154,7 +176,7 @@ class Study:
     def _try(self, job: Job, alpha: AlphaFacts | None) -> None:
         """Measure a plan if there is time; what fails is told, and nothing that rests on it is tried again."""
         rests_on = (job.model, job.quantizer)
-        subject = self.subjects.get(job.model)
+        subject = self.subjects.get(_key(job.model, job.quantizer, job.seed))
         is_ready = subject is not None and (job.quantizer, job.seed) in subject.allocators
         if self.left < (RESERVE if is_ready else RESERVE_TO_PREPARE) or rests_on in self.failed:
             self.left_out += 1
@@ -168,7 +190,7 @@ class Study:
 
     def _one(self, job: Job, alpha: AlphaFacts | None) -> None:
         """Prepare what a plan needs, solve it, measure it, and note it down."""
-        subject = self.subject(job.model)
+        subject = self.subject(job.model, job.quantizer, job.seed)
         shelf, quantize_s, peak = subject.shelf(job.quantizer, job.seed)
         allocator: Allocator | None = None
         observe_s = 0.0
@@ -217,29 +239,46 @@ class Study:
             write_whole(self.csv, text.getvalue())
             write_whole(self.csv.with_suffix(".json"), json.dumps(self._about(), indent=1) + "\n")
             self.saved = time.monotonic()
+            took = f"{self.phases.latest:.3f} s for the latest"
+            say(f"{len(self.rows)} of {self.total} plans; {took}, {self.left:.0f} s are left")
 
-    def _about(self) -> dict[str, Any]:
-        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "none"
+    def _trained(self) -> dict[str, Any]:
         record = Path(self.options.folder) / "training.json"
         trained: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
         known = ("command", "parameters", "shape", "weights_sha256", "perplexity")
+        return {key: trained[key] for key in known if key in trained}
+
+    def _counts(self) -> dict[str, int]:
+        return {name: len(ids) - 1 for name, ids in self.texts.items()}
+
+    def _arguments(self) -> dict[str, Any]:
+        return {key: getattr(self.options, key) for key in ("seeds", "tokens", "calibration", "window", "batch")}
+
+    def _about(self) -> dict[str, Any]:
+        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "none"
+        command, phases = spoken("accuracy.py", self.options.command), dict[str, float](self.before.get("phases", {}))
+        for name, seconds in self.phases.seconds.items():
+            phases[name] = round(phases.get(name, 0.0) + seconds, 2)
         return {
             "benchmark": "accuracy",
             **circumstances(),
-            "command": spoken("accuracy.py", self.options.command),
+            "command": "\n    ".join(filter(None, (self.before.get("command"), command))),
             "gpu": gpu,
-            "arguments": {
-                key: getattr(self.options, key) for key in ("seeds", "tokens", "calibration", "window", "batch")
-            },
-            "model": {key: trained[key] for key in known if key in trained},
+            "arguments": self._arguments(),
+            "model": self._trained(),
             "quantizers": {"rtn": "rtn", "gptq": f"{self.options.gptq} for weights alone, gptq else"},
-            "texts": {name: len(ids) - 1 for name, ids in self.texts.items()},
+            "texts": self._counts(),
             "plans": len(self.rows),
             "plans_left_out": self.left_out,
-            "wall_seconds": round(time.monotonic() - BEGAN, 1),
-            "phases": {name: round(seconds, 2) for name, seconds in self.phases.seconds.items()},
+            "wall_seconds": round(self.before.get("wall_seconds", 0.0) + time.monotonic() - BEGAN, 1),
+            "phases": phases,
             **self.notes,
         }
+
+
+def _key(model: str, quantizer: str, seed: int) -> tuple[str, str, int]:
+    """Tell apart models whose weights differ."""
+    return (model, quantizer, seed) if quantizer in FOLDS else (model, "", 0)
 
 
 def spread(ids: Tensor, count: int, window: int) -> Tensor:
@@ -284,8 +323,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--calibration", type=int, default=65536, help="tokens of calibration data")
     parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=16, help="windows at a time")
-    parser.add_argument("--workers", type=int, default=8, help="threads for eigenvalues")
+    parser.add_argument("--batch", type=int, default=32, help="windows at a time")
+    parser.add_argument("--workers", type=int, default=14, help="threads for eigenvalues")
     parser.add_argument("--gptq", default="gptq{scales=rtn_mse}", help="the quantizer of weight-only schemes")
     parser.add_argument("--quantizers", nargs="+", help="only these, e.g. rtn; without the planted model")
     parser.add_argument("--name", default="accuracy", help="of the CSV and the JSON")

@@ -31,6 +31,7 @@ from mxmoe.quant import (
     dequantize,
     fake_quantize_activation,
     find_quantizer,
+    quantize_each,
     rotate,
 )
 
@@ -166,15 +167,22 @@ def fill_shelf(
             if roles == ("down",) and rotation is not None:
                 weight = rotate(weight, rotation)
                 hessian = None if hessian is None else rotate(rotate(hessian, rotation).mT, rotation).mT.contiguous()
+            label = f"{bank} {'+'.join(roles)}"
             done: dict[tuple[object, ...], Quantized] = {}
+            for acts, text in named.items():
+                wanted = {_weights_of(s): s for s in schemes if ("a16" if s.act_bits == 16 else "") == acts}
+                wanted = {key: scheme for key, scheme in wanted.items() if key not in done}
+                found = quantize_each(find_quantizer(text), weight, [*wanted.values()], name=label, hessian=hessian)
+                done |= zip(wanted, found, strict=True)
             for scheme in schemes:
-                key = (scheme.weight_bits, scheme.group_size, scheme.symmetric, scheme.weight_format)
-                if key not in done:
-                    choose = find_quantizer(named["a16" if scheme.act_bits == 16 else ""])
-                    done[key] = choose(weight, scheme, name=f"{bank} {'+'.join(roles)}", hessian=hessian)
-                for role, part in zip(roles, _split(done[key], scheme, [s.shape[1] for s in stacks]), strict=True):
-                    held[bank, role, scheme] = part
+                parts = _split(done[_weights_of(scheme)], scheme, [stack.shape[1] for stack in stacks])
+                held |= {(bank, role, scheme): part for role, part in zip(roles, parts, strict=True)}
     return Shelf(layout, tuple(schemes), held, rotation)
+
+
+def _weights_of(scheme: Scheme) -> tuple[object, ...]:
+    """Tell schemes apart by what they do to weights alone."""
+    return scheme.weight_bits, scheme.group_size, scheme.symmetric, scheme.weight_format
 
 
 def _split(q: Quantized, scheme: Scheme, sizes: Sequence[int]) -> list[Quantized]:
@@ -250,39 +258,71 @@ class MixedBank(nn.Module):
 
     def _experts(self, rows: Tensor, token: Tensor, expert: Tensor) -> Tensor:
         """Run assignment i, token[i] through expert[i], experts ascending: rows [tokens, k] -> [assignments, n]."""
-        counts = torch.bincount(expert, minlength=self.shape.experts).tolist()
-        entry = self._read("up", rows, expert, token)
+        tiles = Tiles.of(expert, self.shape.experts)
+        source = tiles.spread(token)
+        entry = self._read("up", rows, tiles, source)
         first: Tensor | None = None
         if self.shape.gated:
             alike = self.casts["gate"] == self.casts["up"]
-            first = self._product("gate", entry if alike else self._read("gate", rows, expert, token), counts)
-        inner = apply_act(self.shape.act, first, self._product("up", entry, counts), self.shape.act_params)
+            first = self._product("gate", entry if alike else self._read("gate", rows, tiles, source), tiles)
+        inner = apply_act(self.shape.act, first, self._product("up", entry, tiles), self.shape.act_params)
         if self.rotation is not None:
             inner = rotate(inner, self.rotation)
-        return self._product("down", self._read("down", inner, expert, None), counts)
+        in_place = torch.arange(len(source), device=rows.device)
+        out = self._product("down", self._read("down", inner.flatten(0, 1), tiles, in_place), tiles)
+        return out.flatten(0, 1)[tiles.slot]
 
-    def _product(self, role: str, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Multiply each expert's rows by its weights."""
-        out = torch.empty((len(rows), self.weights[role].shape[1]), device=rows.device)
-        parts = zip(rows.split(counts), self.weights[role], out.split(counts), strict=True)
-        for mine, weight, into in parts:
-            if len(mine):
-                torch.mm(mine, weight.mT, out=into)
-        return out
+    def _product(self, role: str, rows: Tensor, tiles: Tiles) -> Tensor:
+        """Multiply each tile [tiles, size, k] by the weights of its expert."""
+        weight = self.weights[role]
+        return torch.bmm(rows, (weight if len(weight) == 1 else weight[tiles.expert]).mT)
 
-    def _read(self, role: str, rows: Tensor, expert: Tensor, token: Tensor | None) -> Tensor:
-        """Cast rows as their expert reads them, float32 [assignments, k]; `token` says which, None: in order."""
-        casts = self.casts[role]
-        distinct = list(dict.fromkeys(casts))
-        if len(distinct) == 1:
-            cast = _cast(rows, distinct[0])
-            return cast if token is None else cast[token]
-        number = torch.tensor([distinct.index(one) for one in casts], device=rows.device)[expert]
-        read = torch.empty((len(expert), rows.shape[-1]), device=rows.device)
-        for which, one in enumerate(distinct):
-            mine = (number == which).nonzero().flatten()
-            read[mine] = _cast(rows[mine], one) if token is None else _cast(rows, one)[token[mine]]
-        return read
+    def _read(self, role: str, rows: Tensor, tiles: Tiles, source: Tensor) -> Tensor:
+        """Cast rows [rows, k] as their experts read them, and lay row source[slot] into each slot: [tiles, size, k]."""
+        distinct = list(dict.fromkeys(self.casts[role]))
+        cast = torch.cat([_cast(rows, one) for one in distinct])
+        if len(distinct) > 1:  # casts lie behind each other
+            number = torch.tensor([distinct.index(one) for one in self.casts[role]], device=rows.device)
+            source = source + number[tiles.expert].repeat_interleave(tiles.size) * len(rows)
+        return cast[source].view(-1, tiles.size, rows.shape[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """
+    Assignments cut in tiles of one expert each, so that a product of all experts is one launch without a question.
+
+    3 assignments to expert 0 and 1 to expert 1 in tiles of 2: slots 0, 1, 2 and 4 of tiles of experts 0, 0, 1. Tiles
+    are as many as the worst routing needs, whatever the routing is: nothing waits for the device.
+    """
+
+    slot: Tensor
+    """int64 [assignments], where each lies."""
+    expert: Tensor
+    """int64 [tiles], whose rows they hold; those behind the last that is used hold nothing of anybody."""
+    size: int
+    """Slots of a tile."""
+
+    @classmethod
+    def of(cls, expert: Tensor, experts: int) -> Tiles:
+        """Lay out assignments to expert[i], ascending."""
+        count, device = len(expert), expert.device
+        if experts == 1:
+            return cls(torch.arange(count, device=device), torch.zeros(1, dtype=torch.int64, device=device), count)
+        # half of a tile of each expert is lost on average
+        size = min(256, max(8, 1 << (max(1, count // (2 * experts)).bit_length() - 1)))
+        starts = torch.searchsorted(expert, torch.arange(experts + 1, device=device))
+        ends = torch.div(starts.diff() + size - 1, size, rounding_mode="floor").cumsum(0)
+        first = torch.cat([ends.new_zeros(1), ends[:-1]])
+        slot = first[expert] * size + torch.arange(count, device=device) - starts[expert]
+        tiles = torch.arange(count // size + experts, device=device)
+        return cls(slot, torch.searchsorted(ends, tiles, right=True).clamp(max=experts - 1), size)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Lay int64 values [assignments] into their slots, 0 into the others."""
+        laid = values.new_zeros(len(self.expert) * self.size)
+        laid[self.slot] = values
+        return laid
 
 
 def _cast_of(scheme: Scheme) -> Scheme | None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from accuracy_plans import MIXED, SETTINGS, WITH_ACTIVATIONS
+from accuracy_plans import HEADLINE, MIXED, SETTINGS, WEIGHT_ONLY_SETTINGS, WITH_ACTIVATIONS
 from accuracy_read import Line, Margin, Table, markdown, mean_of, spearman
 
 GAP = 0.9
 RANKS, PLANS = 0.9, 40
-HEADLINE = "fisher"
-"""The allocator that claims are made for: chosen for what it measures, before anything was measured."""
 READING_OF_GRANULARITY = """Our reading of the study model: the tables promise less loss at every setting, since they
 are what is minimised. Where activations are quantized it comes: down reads the outliers, most of the 8-bit linears are
 downs (see the picture), and an expert with one scheme for all of its linears cannot give 8 bits to down alone. Where
@@ -230,8 +228,7 @@ def ranks(table: Table) -> Claim:
     """(f): predicted block errors against measured loss."""
     rows: list[list[str]] = []
     holds: bool | None = None
-    weight_only = tuple(name for name in MIXED if name not in WITH_ACTIVATIONS)
-    groups = {"all": tuple(SETTINGS), "weight-only": weight_only, "with activations": WITH_ACTIVATIONS}
+    groups = {"all": tuple(SETTINGS), "weight-only": WEIGHT_ONLY_SETTINGS, "with activations": WITH_ACTIVATIONS}
     groups |= {f"{name} alone": (name,) for name in MIXED}
     for seed in sorted({line.seed for line in table.lines}):
         lines = rank_plans(table, seed)

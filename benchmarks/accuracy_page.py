@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_claims import added, claims, rank_plans
-from accuracy_plans import METHODS, MIXED, SETTINGS, WITH_ACTIVATIONS
+from accuracy_plans import (
+    BESIDE,
+    HEADLINE,
+    METHODS,
+    MIXED,
+    QUANTIZERS,
+    SETTINGS,
+    WEIGHT_ONLY_SETTINGS,
+    WITH_ACTIVATIONS,
+)
 from accuracy_read import Table, markdown, mean_of, with_spread
 from matplotlib.figure import Figure
 
@@ -16,7 +25,6 @@ from mxmoe.files import write_whole
 from mxmoe.report import BitMap, Point, draw_overview, save_figure
 from mxmoe.report.figure import ACCENT, COOL, INK, SOFT, dress, new_figure
 
-WEIGHT_ONLY_SETTINGS = tuple(name for name in MIXED if name not in WITH_ACTIVATIONS)
 PICTURES = ("accuracy-bits.png", "accuracy-ranks.png")
 INTRODUCTION = """# Accuracy
 
@@ -107,6 +115,9 @@ def render(
         )
     )
     parts += ["## One scheme for all", uniform_table(table)]
+    beside = beside_table(table)
+    if beside:
+        parts += ["## Quantizers", beside]
     for quantizer in ("gptq", "rtn", "gptq+hadamard"):
         found = methods_table(table, quantizer)
         if found:
@@ -142,7 +153,7 @@ def uniform_table(table: Table) -> str:
     for model in ("study", "planted"):
         for setting in SETTINGS:
             for scheme in SETTINGS[setting].uniform:
-                for quantizer in ("rtn", "rtn+hadamard", "gptq", "gptq+hadamard"):
+                for quantizer in QUANTIZERS:
                     lines = table.pick(model=model, quantizer=quantizer, method=f"all {scheme}")
                     if lines:
                         bits = f"{lines[0].number('weight_bits'):.3f}"
@@ -163,6 +174,29 @@ _COLUMNS = (
 
 def _measures(lines: Sequence[Any]) -> list[str]:
     return [with_spread([line.number(name) for line in lines], form) for name, form in _COLUMNS]
+
+
+def beside_table(table: Table) -> str:
+    """A line per quantizer, a column per setting: one scheme for all, then the headline's mix; empty without any."""
+    rows: list[list[str]] = []
+    for title, settings in (("one scheme", tuple(SETTINGS)), (HEADLINE, MIXED)):
+        for quantizer in ("rtn", *BESIDE, "gptq", "gptq+hadamard"):
+            cells: list[str] = []
+            for setting in SETTINGS:
+                schemes = SETTINGS[setting].uniform
+                method = HEADLINE if title == HEADLINE else f"all {schemes[0]}" if schemes else ""
+                lines = table.pick(model="study", quantizer=quantizer, setting=setting, method=method)
+                cells.append(with_spread([line.added for line in lines], ".4f") if setting in settings else "–")
+            if any(cell != "–" for cell in cells):
+                rows.append([f"{quantizer}, {title}", *cells])
+    if not table.pick(quantizer=BESIDE):
+        return ""
+    return (
+        "Loss added. `awq` and `smoothquant` fold their scales into the 16-bit model, each by the calibration data of"
+        " its seed, and\nround to nearest then: AWQ's are chosen for the four schemes that stand alone, SmoothQuant's"
+        " are powers of two (alpha 0.5).\nScales fold into the norm in front of a block, and into up for what down"
+        " reads; `hqq` needs no data.\n\n" + markdown(["", *SETTINGS], rows)
+    )
 
 
 def methods_table(table: Table, quantizer: str) -> str:
@@ -196,7 +230,7 @@ def cost_table(table: Table) -> str:
     names = ("quantize_s", "observe_s", "solve_s", "evaluate_s", "prepare_peak_gb", "evaluate_peak_gb")
     rows: list[list[str]] = []
     for model in ("study", "planted"):
-        for quantizer in ("rtn", "rtn+hadamard", "gptq", "gptq+hadamard"):
+        for quantizer in QUANTIZERS:
             lines = [line for line in table.pick(model=model, quantizer=quantizer) if line.cells.get("solve_s")]
             if lines:
                 values = [[x for x in (line.number(name) for line in lines) if x > 0] for name in names]
@@ -309,8 +343,9 @@ def draw_ranks(table: Table) -> Figure:
             inside = [line for line in lines if line.setting in settings and added(line) > 0]
             predicted = [line.number(f"predicted_{name}") for line in inside]
             axes.scatter(predicted, [added(line) for line in inside], s=16, color=colour, label=label, alpha=0.8)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        if any(added(line) > 0 for line in lines):
+            axes.set_xscale("log")
+            axes.set_yscale("log")
         what = "block errors" if name == "squared" else "Fisher-weighted block errors"
         dress(axes, title=f"{what}, predicted", x="sum over linears", y="loss added, nats per token")
         axes.legend(frameon=False, fontsize=8, labelcolor=INK, edgecolor=SOFT)

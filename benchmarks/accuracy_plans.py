@@ -50,7 +50,7 @@ SETTINGS = {
 }
 MIXED = tuple(name for name, setting in SETTINGS.items() if setting.bits is not None)
 WITH_ACTIVATIONS = ("w5a5", "w5a5 and w4a8", "w4a4", "w4a8", "w8a8", "fp8")
-SCHEMES = tuple(dict.fromkeys(s for one in SETTINGS.values() for s in (*one.candidates, *one.uniform)))
+WEIGHT_ONLY_SETTINGS = tuple(name for name in MIXED if name not in WITH_ACTIVATIONS)
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,12 @@ METHODS = {
 }
 """Name -> method; `random` is drawn anew for every seed and stands beside them."""
 FIRST = ("squared", "fisher", "mxmoe", "squared, per expert", "fisher, per expert", "random")
+QUANTIZERS = ("rtn", "rtn+hadamard", "gptq", "gptq+hadamard", "hqq", "awq", "smoothquant")
+"""hqq is a quantizer of its own; awq and smoothquant fold scales into the model and round to nearest."""
+BESIDE = ("hqq", "awq", "smoothquant")
+"""Studied with one scheme for all, and with the headline allocator."""
+HEADLINE = "fisher"
+"""The allocator that claims are made for: chosen for what it measures, before anything was measured."""
 RANK_BITS = (2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.75, 4.25)
 RANK_BITS_WITH_ACTIVATIONS = (4.4, 5.0, 6.0, 7.0)
 
@@ -92,7 +98,7 @@ class Job:
     model: str
     """study, or planted."""
     quantizer: str
-    """rtn, gptq, rtn+hadamard, gptq+hadamard."""
+    """A name in QUANTIZERS."""
     seed: int
     """Of the calibration data."""
     setting: str
@@ -118,7 +124,14 @@ def jobs(seeds: Sequence[int], settings: Sequence[str] = tuple(SETTINGS), method
     return list(dict.fromkeys(wanted))
 
 
+def settings_of(quantizer: str) -> tuple[str, ...]:
+    """List the settings that a quantizer is for: AWQ and HQQ have weights alone, SmoothQuant has activations."""
+    only = {"awq": WEIGHT_ONLY_SETTINGS, "hqq": WEIGHT_ONLY_SETTINGS, "smoothquant": WITH_ACTIVATIONS}
+    return only.get(quantizer, tuple(SETTINGS))
+
+
 def _first(seeds: Sequence[int]) -> Iterator[Job]:
+    """List what the claims rest on, and the quantizers beside, of one seed."""
     for seed in seeds:
         yield from _uniform("study", "gptq", seed, tuple(SETTINGS))
         for setting in ("2.25", "w5a5", "2.5", "3.25"):
@@ -133,21 +146,37 @@ def _first(seeds: Sequence[int]) -> Iterator[Job]:
         yield from (_random(seeds[0], "2.5", number, bits) for bits in RANK_BITS)
     for number in range(3):
         yield from (_random(seeds[0], "w5a5", number, bits) for bits in RANK_BITS_WITH_ACTIVATIONS)
-    for quantizer in ("rtn", "rtn+hadamard", "gptq", "gptq+hadamard"):
+    for quantizer in ("rtn", "rtn+hadamard", "gptq", "gptq+hadamard", "smoothquant"):
         yield from _uniform("planted", quantizer, seeds[0], WITH_ACTIVATIONS)
     for quantizer in ("gptq", "gptq+hadamard"):
         yield from (Job("planted", quantizer, seeds[0], "w5a5", method) for method in ("squared", "fisher"))
         yield Job("planted", quantizer, seeds[0], "w5a5 and w4a8", "fisher")
+    yield from _beside(seeds[0])
 
 
 def _others(seeds: Sequence[int]) -> Iterator[Job]:
+    """
+    List the whole grid: gptq, then what seeds 0 have not shown of rtn and the rotation, then their other seeds.
+
+    What rests on one observation is together, since a shelf and an observation take longer than the plans on them.
+    """
     order = ("2.25", "w5a5", "2.5", "3.25", "4.25", "w5a5 and w4a8")
-    for quantizer in ("gptq", "rtn", "gptq+hadamard"):
-        for seed in seeds:
-            for setting in order:
-                yield from (Job("study", quantizer, seed, setting, method) for method in (*METHODS, "random"))
-            if quantizer != "rtn":
-                yield from _uniform("study", quantizer, seed, tuple(SETTINGS))
+    blocks = [("gptq", seed) for seed in seeds]
+    blocks += [(quantizer, seed) for seed in seeds for quantizer in ("rtn", "gptq+hadamard")]
+    for quantizer, seed in blocks:
+        for setting in order:
+            yield from (Job("study", quantizer, seed, setting, method) for method in (*METHODS, "random"))
+        if quantizer != "rtn":  # whose codes no data changes
+            yield from _uniform("study", quantizer, seed, tuple(SETTINGS))
+    for seed in seeds:
+        yield from _beside(seed)
+
+
+def _beside(seed: int) -> Iterator[Job]:
+    for quantizer in BESIDE:
+        names = settings_of(quantizer)
+        yield from _uniform("study", quantizer, seed, names)
+        yield from (Job("study", quantizer, seed, name, HEADLINE) for name in names if name in MIXED)
 
 
 def _uniform(model: str, quantizer: str, seed: int, settings: Sequence[str]) -> Iterator[Job]:
@@ -159,9 +188,10 @@ def _random(seed: int, setting: str, number: int, bits: float) -> Job:
     return Job("study", "gptq", seed, setting, f"random {number} at {bits:g} bits")
 
 
-def schemes_for(model: str, settings: Sequence[str]) -> tuple[Scheme, ...]:
+def schemes_for(model: str, settings: Sequence[str], quantizer: str = "rtn") -> tuple[Scheme, ...]:
     """List the schemes that the plans on a model can choose from."""
-    wanted = [name for name in settings if model == "study" or name in WITH_ACTIVATIONS]
+    able = set(settings_of(quantizer)) & set(tuple(SETTINGS) if model == "study" else WITH_ACTIVATIONS)
+    wanted = [name for name in settings if name in able]
     found = dict.fromkeys(s for name in wanted for s in (*SETTINGS[name].candidates, *SETTINGS[name].uniform))
     return tuple(Scheme.parse(scheme) for scheme in found)
 

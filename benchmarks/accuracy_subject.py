@@ -5,10 +5,11 @@ One model of the accuracy study with all that is prepared for it: codes by quant
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +18,14 @@ from typing import Protocol
 import numpy as np
 import torch
 from accuracy_bank import Layout, Mixed, Shelf, fill_shelf
-from accuracy_plans import Allocator, schemes_for
+from accuracy_plans import SETTINGS, WEIGHT_ONLY_SETTINGS, Allocator, schemes_for
 from torch import Tensor, nn
 
 from mxmoe.calib import FACTS, HessianOptions, Hessians, Stats, collect_hessians, observe
 from mxmoe.evaluate import Remembered, compare, remember
 from mxmoe.frontend import lift
 from mxmoe.passes import Environment, parse_passes, run_passes
+from mxmoe.transform import awq, smooth
 
 BEGAN = time.monotonic()
 ROTATE = 128
@@ -118,25 +120,47 @@ class AlphaFacts:
         return dataclasses.replace(stats, banks=made)
 
 
+def fold_awq(model: nn.Module, data: Tensor) -> None:
+    """Fold AWQ's scales, chosen for the schemes that stand alone at the weight-only settings."""
+    awq(model, data, [scheme for name in WEIGHT_ONLY_SETTINGS for scheme in SETTINGS[name].uniform], quiet=True)
+
+
+def fold_smoothquant(model: nn.Module, data: Tensor) -> None:
+    """Fold SmoothQuant's scales; powers of two, since rounding a 16-bit model would be seen beside 8-bit codes."""
+    smooth(model, data, exact=True, quiet=True)
+
+
+FOLDS: Mapping[str, Callable[[nn.Module, Tensor], None]] = {"awq": fold_awq, "smoothquant": fold_smoothquant}
+"""Quantizer -> what is done to a model, in place, before it rounds to nearest."""
+
+
 class Subject:
     """One model of the study, with all that was prepared for it."""
 
-    def __init__(self, name: str, model: nn.Module, study: Setup) -> None:
+    def __init__(self, name: str, model: nn.Module, study: Setup, like: Subject | None = None) -> None:
+        """Prepare a model; `like` is one that computes the same, whose answers are the reference."""
         self.name, self.model, self.study = name, model, study
         self.layouts = {False: Layout.of(lift(model)), True: Layout.of(lift(model))}
         run_passes(self.layouts[True].lifted.module, parse_passes(f"rotate-down{{block={ROTATE}}}"), Environment())
-        self.schemes = schemes_for(name, study.settings)
-        self.references: dict[str, Remembered] = {}
-        for text, ids in study.texts.items():
+        self.references: dict[str, Remembered] = {} if like is None else like.references
+        for text, ids in study.texts.items() if like is None else ():
             self.references[text] = remember(model, ids, study.options.window, study.options.batch)
         self.hessians: dict[int, tuple[Hessians, float]] = {}
         self.shelves: dict[tuple[str, int], tuple[Shelf, float, float]] = {}
         self.allocators: dict[tuple[str, int], tuple[Allocator, float, float]] = {}
         self.mixed = Mixed(self.layouts[False])
 
+    def folded(self, quantizer: str, seed: int) -> Subject:
+        """Copy the model and fold the scales of a quantizer into it; its reference stays the model as it was."""
+        study, model = self.study, copy.deepcopy(self.model)
+        with study.phases(f"fold {self.name} {quantizer} seed {seed}", study.device):
+            FOLDS[quantizer](model, study.calibration(seed))
+        return Subject(self.name, model, study, like=self)
+
     def shelf(self, quantizer: str, seed: int) -> tuple[Shelf, float, float]:
         """Give the codes of a quantizer, the seconds that they took with their Hessians, and the peak in 10^9 bytes."""
         base, _, turned = quantizer.partition("+")
+        base = "rtn" if base in FOLDS else base
         key = (quantizer, seed if base == "gptq" else -1)
         if key not in self.shelves:
             like = self.shelf(base, seed) if turned else None
@@ -145,7 +169,7 @@ class Subject:
             with study.phases(f"quantize {self.name} {quantizer} seed {seed}", study.device):
                 made = fill_shelf(
                     layout,
-                    self.schemes,
+                    schemes_for(self.name, study.settings, quantizer),
                     {"a16": study.options.gptq, "": "gptq"} if base == "gptq" else base,
                     hessians,
                     ROTATE if turned else None,
@@ -163,7 +187,7 @@ class Subject:
             with study.phases(f"observe {self.name} {quantizer} seed {seed}", study.device):
                 data, looked_up = study.calibration(seed), shelf.quantizer()
                 stats = observe(
-                    layout.lifted, data, schemes=self.schemes, gradients=True, quantizer=looked_up, quiet=True
+                    layout.lifted, data, schemes=shelf.schemes, gradients=True, quantizer=looked_up, quiet=True
                 )
             if not self.allocators:
                 say(stats.report())

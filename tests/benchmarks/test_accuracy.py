@@ -14,8 +14,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from accuracy_bank import Layout, Mixed, Shelf, fill_shelf
-from accuracy_plans import METHODS, SETTINGS, Allocator, Job, jobs
+from accuracy_bank import Layout, Mixed, Shelf, Tiles, fill_shelf
+from accuracy_plans import BESIDE, METHODS, SETTINGS, Allocator, Job, jobs, settings_of
 from accuracy_read import Margin, Table, spearman
 from hypothesis import given, settings
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
@@ -87,6 +87,20 @@ def test_unquantized_it_is_the_model(model: Qwen2MoeForCausalLM) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=200), st.sampled_from([1, 6, 7]))
+@settings(max_examples=100, deadline=None)
+def test_tiles_hold_every_assignment_once_beside_its_own_expert(chosen: list[int], experts: int) -> None:
+    expert = torch.tensor(sorted(one % experts for one in chosen))
+    tiles = Tiles.of(expert, experts)
+    assert len(set(tiles.slot.tolist())) == len(expert)
+    assert torch.equal(tiles.expert[torch.div(tiles.slot, tiles.size, rounding_mode="floor")], expert)
+    numbers = torch.arange(1, len(expert) + 1)
+    laid = tiles.spread(numbers)
+    assert len(laid) == len(tiles.expert) * tiles.size
+    assert torch.equal(laid[tiles.slot], numbers)
+    assert int(laid.sum()) == int(numbers.sum())
+
+
 @pytest.mark.parametrize("rotation", [None, BLOCK])
 def test_a_shelf_holds_what_the_quantizer_gives_one_by_one(model: Qwen2MoeForCausalLM, rotation: int | None) -> None:
     shelf = shelf_of(model, rotation, "gptq")
@@ -143,7 +157,19 @@ def test_jobs_come_once_and_the_claims_first() -> None:
     assert sum(job.model == "study" and job.quantizer == "gptq" and job.seed == 0 for job in listed) >= 40
     for setting in (name for name, one in SETTINGS.items() if one.bits):
         for quantizer in ("rtn", "gptq", "gptq+hadamard"):
-            assert {job.method for job in listed if (job.setting, job.quantizer) == (setting, quantizer)} >= {*METHODS}
+            for seed in (0, 1, 2):
+                same = [
+                    j
+                    for j in listed
+                    if (j.model, j.setting, j.quantizer, j.seed) == ("study", setting, quantizer, seed)
+                ]
+                assert {job.method for job in same} >= {*METHODS, "random"}
+    for quantizer in BESIDE:
+        assert {job.setting for job in listed if job.quantizer == quantizer} == {*settings_of(quantizer)}
+        assert {job.method for job in listed if job.quantizer == quantizer and job.setting == "2.5"} <= {
+            "fisher",
+            "all w2a16_g64_asym",
+        }
 
 
 @given(st.lists(st.integers(-50, 50), min_size=3, max_size=20, unique=True))
@@ -185,6 +211,26 @@ def test_a_short_run_measures_and_writes_the_page(tmp_path: Path) -> None:
     assert "nan" not in page
     assert (tmp_path / "images" / "accuracy-ranks.png").stat().st_size > 1000
     assert len(Table.read(tmp_path / "accuracy.csv").lines) == len(rows)
+
+
+def test_a_run_that_was_cut_is_resumed_and_another_model_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--smoke", "--results", str(tmp_path), "--docs", str(tmp_path), "--quantizers", "rtn", "smoothquant"]
+    accuracy.main(common)
+    whole = Table.read(tmp_path / "accuracy.csv").lines
+    assert {line.quantizer for line in whole} == {"none", "rtn", "smoothquant"}
+    text = (tmp_path / "accuracy.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "accuracy.csv").write_text("".join(text[:-3]))
+    accuracy.main([*common, "--resume"])
+    again = Table.read(tmp_path / "accuracy.csv").lines
+    assert [(line.method, line.added) for line in again] == [(line.method, line.added) for line in whole]
+    about = json.loads((tmp_path / "accuracy.json").read_text())
+    assert about["command"].count("accuracy.py") == 2
+    about["texts"]["held_out"] += 1
+    (tmp_path / "accuracy.json").write_text(json.dumps(about))
+    with pytest.raises(SystemExit, match="another texts"):
+        accuracy.main([*common, "--resume"])
 
 
 def test_the_observation_gives_what_full_passes_give(tmp_path: Path) -> None:
