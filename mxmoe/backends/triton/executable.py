@@ -19,9 +19,11 @@ from mxmoe.backends.triton.launch import (
     act_in_torch,
     begin,
     make_rows,
+    reads_sorted,
     room_for_tables,
     run_combine,
     run_gemm,
+    sort_rows,
 )
 from mxmoe.backends.triton.mode import interpreting
 from mxmoe.backends.triton.op import hold
@@ -116,8 +118,9 @@ class Bank:
             kinds = self.entries[0].gemm.row_kinds
             act = hidden.new_empty((1, rows, self.entries[0].gemm.n), dtype=self.between(hidden.dtype))
             epilogue = Epilogue(self.act, tuple(self.act_params.values()))
-            read = begin(tables, index, hidden, kinds)
-            run_gemm(self.entries[0], configs[0], read, tables, 0, act, epilogue, gather=True)
+            is_sorted = reads_sorted(configs[0])
+            read = begin(tables, index, hidden, kinds, is_sorted=is_sorted)
+            run_gemm(self.entries[0], configs[0], read, tables, 0, act, epilogue, gather=not is_sorted)
             made["act"] = act[0]
         else:
             build(tables, index)
@@ -133,7 +136,9 @@ class Bank:
         for one, config in zip(self.entries, configs, strict=False):
             mine = tables if one is self.entries[0] else self._own_schedule(one, config, index)
             y = torch.empty((1, tables.dispatch.rows, one.gemm.n), dtype=torch.float32, device=hidden.device)
-            run_gemm(one, config, make_rows(hidden, one.gemm.row_kinds), mine, 0, y, Epilogue(), gather=True)
+            is_sorted, kinds = reads_sorted(config), one.gemm.row_kinds
+            read = sort_rows(mine, hidden, kinds) if is_sorted else make_rows(hidden, kinds)
+            run_gemm(one, config, read, mine, 0, y, Epilogue(), gather=not is_sorted)
             sums.append(y[0])
         gate, up = (sums[0], sums[1]) if len(sums) == 2 else (None, sums[0])
         act = act_in_torch(self.act, self.act_params, gate, up).to(self.between(hidden.dtype))

@@ -19,7 +19,16 @@ from torch import Tensor
 from mxmoe.backends.triton import kernels_joint
 from mxmoe.backends.triton.choose_ada import config_for
 from mxmoe.backends.triton.dispatch import Dispatch, Tables, pad_to
-from mxmoe.backends.triton.launch import Epilogue, Matrices, Rows, begin, hadamard, room_for_tables, run_gemm
+from mxmoe.backends.triton.launch import (
+    Epilogue,
+    Matrices,
+    Rows,
+    begin,
+    hadamard,
+    reads_sorted,
+    room_for_tables,
+    run_gemm,
+)
 from mxmoe.backends.triton.layout import Arena
 from mxmoe.backends.triton.mode import interpreting
 from mxmoe.backends.triton.rows import RowKind
@@ -96,8 +105,9 @@ class Joint:
         beyond = pad_to(tokens * top_k, BEYOND)
         dtype = self.between(hidden.dtype)
         act = hidden.new_empty((1, beyond + tokens * (wide // narrow), narrow), dtype=dtype)
-        read = begin(tables, index, hidden, self.entry.gemm.row_kinds)
-        run_gemm(self.entry, configs[0], read, tables, 0, act, self.epilogue, gather=True)
+        is_sorted = reads_sorted(configs[0])
+        read = begin(tables, index, hidden, self.entry.gemm.row_kinds, is_sorted=is_sorted)
+        run_gemm(self.entry, configs[0], read, tables, 0, act, self.epilogue, gather=not is_sorted)
         gemm = self.down.gemm
         parts = max(configs[1].shape(scheme).parts for scheme in gemm.distinct)
         dtype = torch.float32 if parts > 1 else dtype

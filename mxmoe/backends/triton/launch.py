@@ -56,16 +56,21 @@ class _Room:
     scales: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, x: Tensor, kinds: tuple[RowKind, ...], turn: int) -> _Room:
-        """Make room for the kinds that rows [rows, k] are not of already."""
-        rows, k = x.shape
-        todo = [kind for kind in kinds if turn or kind.format not in ("bf16", "fp16") or kind.dtype != x.dtype]
-        widths = [-(-k // kind.group) if kind.group else 1 for kind in todo]
+    def of(cls, x: Tensor, kinds: tuple[RowKind, ...], rows: int) -> _Room:
+        """Make room for `rows` rows like those of x [*, k] in every kind."""
+        k = x.shape[1]
+        widths = [-(-k // kind.group) if kind.group else 1 for kind in kinds]
         return cls(
-            tuple(todo),
-            tuple(torch.empty((rows, k), dtype=kind.dtype, device=x.device) for kind in todo),
+            kinds,
+            tuple(torch.empty((rows, k), dtype=kind.dtype, device=x.device) for kind in kinds),
             tuple(torch.empty((rows, width), dtype=torch.float32, device=x.device) for width in widths),
         )
+
+    @classmethod
+    def beside(cls, x: Tensor, kinds: tuple[RowKind, ...], turn: int) -> _Room:
+        """Make room for the kinds that rows [rows, k] are not of already."""
+        todo = [kind for kind in kinds if turn or kind.format not in ("bf16", "fp16") or kind.dtype != x.dtype]
+        return cls.of(x, tuple(todo), len(x))
 
     def rows(self, x: Tensor, kinds: tuple[RowKind, ...]) -> Rows:
         """Give every kind its rows; those that were there already are `x`."""
@@ -85,6 +90,11 @@ class _Room:
         return tuple(kind.spec for kind in self.kinds)
 
 
+def _row_warps(block: int) -> int:
+    """Warps of a program that makes one row, of `block` channels."""
+    return 16 if block > 8192 else 8 if block > 2048 else 4
+
+
 def make_rows(x: Tensor, kinds: tuple[RowKind, ...], turn: int = 0) -> Rows:
     """
     Bring rows [rows, k] into every kind; turned by blocks of `turn` channels first, if it is not 0.
@@ -93,27 +103,72 @@ def make_rows(x: Tensor, kinds: tuple[RowKind, ...], turn: int = 0) -> Rows:
     """
     if turn and turn not in TURNS:
         x, turn = rotate(x, turn), 0
-    room = _Room.of(x, kinds, turn)
+    room = _Room.beside(x, kinds, turn)
     if room.kinds and len(x):
         block = max(room.block, 16 * turn)
         _PREPARE.prepare_rows[(len(x),)](
             x, room.codes, room.scales, hadamard(turn, x.dtype, x.device) if turn else x,
             x.shape[1], block, room.specs, turn, not interpreting(),
-            num_warps=16 if block > 8192 else 8 if block > 2048 else 4,
+            num_warps=_row_warps(block),
         )  # fmt: skip
     return room.rows(x, kinds)
 
 
-def begin(tables: Tables, index: Tensor, x: Tensor, kinds: tuple[RowKind, ...]) -> Rows:
-    """Fill the tables from a routing and bring the tokens into every kind: in one launch where rows are few."""
-    room = _Room.of(x, kinds, 0)
-    if tables.scratch.numel() or not room.kinds or not 0 < len(x) <= FUSED_TOKENS:
+def sort_rows(tables: Tables, x: Tensor, kinds: tuple[RowKind, ...]) -> Rows:
+    """
+    Bring tokens [tokens, k] into every kind, each written wherever a choice of it lies sorted by expert.
+
+    Args:
+        tables: a schedule that is built.
+        x: the tokens.
+        kinds: of the rows.
+
+    Returns:
+        Rows by sorted row, `tables.dispatch.rows` of them; those of padding are undefined.
+    """
+    room, dispatch = _Room.of(x, kinds, tables.dispatch.rows), tables.dispatch
+    if len(x):
+        _PREPARE.prepare_sorted[(len(x),)](
+            x, room.codes, room.scales, tables.table("place_of"), dispatch.assignments, dispatch.tokens,
+            dispatch.top_k, dispatch.always, _places(dispatch),
+            x.shape[1], room.block, room.specs, not interpreting(), num_warps=_row_warps(room.block),
+        )  # fmt: skip
+    return room.rows(x, kinds)
+
+
+def _places(dispatch: Dispatch) -> int:
+    """Power of two that holds the rows of a token."""
+    return power_of_two_from(dispatch.top_k + dispatch.always)
+
+
+def reads_sorted(config: Config) -> bool:
+    """Say whether the launch of a config wants its rows sorted by expert, and not by token."""
+    return config.warps == DIVIDED_WARPS
+
+
+def begin(tables: Tables, index: Tensor, x: Tensor, kinds: tuple[RowKind, ...], *, is_sorted: bool = False) -> Rows:
+    """
+    Fill the tables from a routing and bring the tokens into every kind: in one launch where rows are few.
+
+    Args:
+        tables: to fill.
+        index: [tokens, top_k], the routing.
+        x: [tokens, k].
+        kinds: of the rows.
+        is_sorted: give the rows sorted by expert (`sort_rows`), and not by token (`make_rows`).
+    """
+    dispatch = tables.dispatch
+    if tables.scratch.numel() or not 0 < len(x) <= FUSED_TOKENS:
         build(tables, index)
-        return make_rows(x, kinds)
-    first, k = few_programs(tables.dispatch), x.shape[1]
+        return sort_rows(tables, x, kinds) if is_sorted else make_rows(x, kinds)
+    room = _Room.of(x, kinds, dispatch.rows) if is_sorted else _Room.beside(x, kinds, 0)
+    if not room.kinds:
+        build(tables, index)
+        return room.rows(x, kinds)
+    first, k = few_programs(dispatch), x.shape[1]
     _PREPARE.begin[(first + len(x),)](
         *few_arguments(tables, index), first, x, room.codes, room.scales,
-        k, room.block, room.specs, not interpreting(), num_warps=8,
+        k, room.block, room.specs, not interpreting(), is_sorted, dispatch.top_k, _places(dispatch), num_warps=8,
     )  # fmt: skip
     return room.rows(x, kinds)
 
@@ -134,19 +189,18 @@ def run_gemm(
     Args:
         matrices: weights; two with a gate.
         config: tiles and warps.
-        rows: activations, by token (`gather`) or by sorted row.
+        rows: activations, by token (`gather`) or by sorted row: always so where the config `reads_sorted`.
         tables: the schedule; `which` of its tilings was made from `config`.
         out: [parts, sorted rows, n] to write.
         epilogue: the nonlinearity, or none.
         gather: whether a sorted row reads its token's activations, or its own.
         compile_only: only compile what would be launched; tensors may then lie anywhere and hold anything.
     """
-    if config.warps == DIVIDED_WARPS:
+    if reads_sorted(config):
         from mxmoe.backends.triton import hopper  # its kernels are no Python that the interpreter runs
 
-        hopper.run_hopper(
-            matrices, config, rows, tables, which, out, epilogue, gather=gather, compile_only=compile_only
-        )
+        assert not gather, f"rows of a launch with {config.warps} warps are sorted by expert"
+        hopper.run_hopper(matrices, config, rows, tables, which, out, epilogue, compile_only=compile_only)
         return
     gemm, dispatch = matrices.gemm, tables.dispatch
     _, classes = classes_of(gemm, config)

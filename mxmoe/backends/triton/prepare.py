@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from mxmoe.backends.triton.decode import cast
-from mxmoe.backends.triton.schedule import schedule_part
+from mxmoe.backends.triton.schedule import place_few, schedule_part
 
 CAST, INTEGER, E4M3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -86,36 +86,64 @@ def prepare_row(
     else:
         k = tl.arange(0, BLOCK)[None, :]
         x = tl.load(x_ptr + at + k, mask=k < K, other=0.0).to(tl.float32)
-    k = tl.arange(0, BLOCK)[None, :]
+    at = row.to(tl.int64) + tl.arange(0, 1)
     for i in tl.static_range(len(KINDS)):
-        _write_kind(row, x, at + k, k < K, codes[i], scales[i], K, BLOCK, KINDS, i, PTX)
+        _write_kind(x, codes[i], scales[i], at, tl.full([1], 1, tl.int1), K, BLOCK, KINDS, i, 1, PTX)
+
+
+@triton.jit
+def prepare_at(
+    row: tl.tensor, places: tl.tensor, x_ptr: tl.tensor, codes: tl.tensor, scales: tl.tensor,
+    K: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, PLACES: tl.constexpr, PTX: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write one row in every kind of KINDS, each once for every of the PLACES that is not negative."""
+    k = tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + row.to(tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)
+    at = places.to(tl.int64)
+    for i in tl.static_range(len(KINDS)):
+        _write_kind(x, codes[i], scales[i], at, places >= 0, K, BLOCK, KINDS, i, PLACES, PTX)
 
 
 @triton.jit
 def _write_kind(
-    row: tl.tensor, x: tl.tensor, to: tl.tensor, inside: tl.tensor, codes: tl.tensor, scales: tl.tensor,
-    K: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, WHICH: tl.constexpr, PTX: tl.constexpr,
+    x: tl.tensor, codes: tl.tensor, scales: tl.tensor, rows: tl.tensor, held: tl.tensor, K: tl.constexpr,
+    BLOCK: tl.constexpr, KINDS: tl.constexpr, WHICH: tl.constexpr, PLACES: tl.constexpr, PTX: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write float32 `x` [1, BLOCK] in one kind, at the offsets `to`."""
+    """Write float32 `x` [1, BLOCK] in one kind, as each of the `rows` [PLACES] that are `held`."""
+    GROUP: tl.constexpr = KINDS[WHICH][2]
+    code, scale = _as_kind(x, codes.dtype.element_ty, BLOCK, KINDS, WHICH, PTX)
+    k = tl.arange(0, BLOCK)[None, :]
+    tl.store(codes + (rows[:, None] * K + k), tl.broadcast_to(code, (PLACES, BLOCK)), mask=held[:, None] & (k < K))
+    if KINDS[WHICH][0] != CAST:
+        groups: tl.constexpr = (K + GROUP - 1) // GROUP if GROUP else 1
+        WIDTH: tl.constexpr = BLOCK // GROUP if GROUP else 1
+        g = tl.arange(0, WIDTH)[None, :]
+        to = scales + (rows[:, None] * groups + g)
+        tl.store(to, tl.broadcast_to(scale[None, :], (PLACES, WIDTH)), mask=held[:, None] & (g < groups))
+
+
+@triton.jit
+def _as_kind(
+    x: tl.tensor, DTYPE: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, WHICH: tl.constexpr,
+    PTX: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Float32 `x` [1, BLOCK] in one kind: codes [1, BLOCK], scale of each group or of the row; of a cast, 0."""
     WAY: tl.constexpr = KINDS[WHICH][0]
     STEPS: tl.constexpr = KINDS[WHICH][1]
     GROUP: tl.constexpr = KINDS[WHICH][2]
     if WAY == CAST:
         # finite values saturate, as the definition has it
-        LARGEST: tl.constexpr = 65504.0 if codes.dtype.element_ty == tl.float16 else 3.3895313892515355e38
+        LARGEST: tl.constexpr = 65504.0 if DTYPE == tl.float16 else 3.3895313892515355e38
         near = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
-        x = tl.where(tl.abs(x) < float("inf"), near, x)
-        tl.store(codes + to, cast(x, codes.dtype.element_ty, PTX), mask=inside)
+        code = cast(tl.where(tl.abs(x) < float("inf"), near, x), DTYPE, PTX)
+        scale = tl.zeros([1], tl.float32)
     elif GROUP:
-        groups: tl.constexpr = (K + GROUP - 1) // GROUP
         ratio, scale = _quantize(tl.reshape(x, (BLOCK // GROUP, GROUP)), WAY, STEPS, PTX)
-        g = tl.arange(0, BLOCK // GROUP)
-        tl.store(scales + row.to(tl.int64) * groups + g, scale, mask=g < groups)
-        tl.store(codes + to, tl.reshape(ratio, (1, BLOCK)).to(codes.dtype.element_ty), mask=inside)
+        code = tl.reshape(ratio, (1, BLOCK)).to(DTYPE)
     else:
         ratio, scale = _quantize(x, WAY, STEPS, PTX)
-        tl.store(scales + row + tl.arange(0, 1), scale)
-        tl.store(codes + to, ratio.to(codes.dtype.element_ty), mask=inside)
+        code = ratio.to(DTYPE)
+    return code, scale
 
 
 @triton.jit
@@ -128,6 +156,29 @@ def prepare_rows(
 
 
 @triton.jit
+def _flat_rows(
+    token: tl.tensor, rows: tl.tensor, tokens: tl.tensor, TOP_K: tl.constexpr, ALWAYS: tl.constexpr,
+    PLACES: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Flat rows of a token's choices and of its always-on experts [PLACES], and which of them there are."""
+    j = tl.arange(0, PLACES)
+    return tl.where(j < TOP_K, token * TOP_K + j, rows + (j - TOP_K) * tokens + token), j < TOP_K + ALWAYS
+
+
+@triton.jit
+def prepare_sorted(
+    x_ptr: tl.tensor, codes: tl.tensor, scales: tl.tensor, place_ptr: tl.tensor, rows: tl.tensor, tokens: tl.tensor,
+    TOP_K: tl.constexpr, ALWAYS: tl.constexpr, PLACES: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, PTX: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program a token, which is written where each of its `rows` lies sorted by expert."""
+    token = tl.program_id(0)
+    flat, inside = _flat_rows(token, rows, tokens, TOP_K, ALWAYS, PLACES)
+    places = tl.load(place_ptr + flat, mask=inside, other=-1)
+    prepare_at(token, places, x_ptr, codes, scales, K, BLOCK, KINDS, PLACES, PTX)
+
+
+@triton.jit
 def begin(
     index_ptr: tl.tensor, words_ptr: tl.tensor, constants_ptr: tl.tensor, rows: tl.tensor, tokens: tl.tensor,
     row_stride: tl.tensor, bands0: tl.tensor, bands1: tl.tensor,
@@ -135,13 +186,23 @@ def begin(
     ROWS: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
     first: tl.tensor, x_ptr: tl.tensor, codes: tl.tensor, scales: tl.tensor,
     K: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, PTX: tl.constexpr,
+    SORTED: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Schedule few rows and prepare the tokens in one launch: the first programs do the one, the others the other."""
+    """
+    Schedule few rows and prepare the tokens in one launch: the first programs do the one, the others the other.
+
+    SORTED writes a token as `prepare_sorted` does; which places those are its program counts by itself.
+    """
     program = tl.program_id(0)
     if program < first:
         schedule_part(
             program, index_ptr, words_ptr, constants_ptr, rows, tokens, row_stride, bands0, bands1,
             E, ALWAYS, EP, CP, HEAD, SETS, ROWS, CHUNK, COUNT,
         )  # fmt: skip
+    elif SORTED:
+        flat, inside = _flat_rows(program - first, rows, tokens, TOP_K, ALWAYS, PLACES)
+        own, place = place_few(index_ptr, tl.where(inside, flat, 0), rows, tokens, E, ALWAYS, CHUNK)
+        places = tl.where(inside & (own < E + ALWAYS), place, -1)
+        prepare_at(program - first, places, x_ptr, codes, scales, K, BLOCK, KINDS, PLACES, PTX)
     else:
         prepare_row(program - first, x_ptr, codes, scales, x_ptr, K, BLOCK, KINDS, 0, PTX)

@@ -134,13 +134,11 @@ def _tables(
 
 
 @triton.jit
-def _place_few(
-    index_ptr: tl.tensor, words_ptr: tl.tensor, block: tl.tensor, rows: tl.tensor, tokens: tl.tensor,
-    row_stride: tl.tensor, E: tl.constexpr, ALWAYS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
+def place_few(
+    index_ptr: tl.tensor, i: tl.tensor, rows: tl.tensor, tokens: tl.tensor, E: tl.constexpr, ALWAYS: tl.constexpr,
     CHUNK: tl.constexpr,
-) -> None:  # fmt: skip
-    """Place ROWS flat rows: a row's place is the number of assignments whose (expert, position) is smaller."""
-    i = block * ROWS + tl.arange(0, ROWS)
+) -> Any:  # fmt: skip
+    """Say which expert flat rows `i` belong to, and their places: how many (expert, position) are smaller."""
     own = _expert_of(index_ptr, i, rows, tokens, E, ALWAYS)
     key = own * rows + tl.where(i < rows, i, 0)
     place = tl.where(i < rows, tl.where(own == E + ALWAYS, ALWAYS * tokens, 0), i - rows)
@@ -149,6 +147,18 @@ def _place_few(
         other = _expert_of(index_ptr, j, rows, tokens, E, ALWAYS) * rows + j
         sooner = (other[None, :] < key[:, None]) & (j < rows)[None, :]
         place += tl.sum(sooner.to(tl.int32), 1)
+    return own, place
+
+
+@triton.jit
+def _place_few(
+    index_ptr: tl.tensor, words_ptr: tl.tensor, block: tl.tensor, rows: tl.tensor, tokens: tl.tensor,
+    row_stride: tl.tensor, E: tl.constexpr, ALWAYS: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Place ROWS flat rows."""
+    i = block * ROWS + tl.arange(0, ROWS)
+    own, place = place_few(index_ptr, i, rows, tokens, E, ALWAYS, CHUNK)
     inside = i < rows + ALWAYS * tokens
     tl.store(words_ptr + HEAD + place, i, mask=inside)
     tl.store(words_ptr + HEAD + row_stride + i, tl.where(own == E + ALWAYS, -1, place), mask=inside)

@@ -10,9 +10,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from mxmoe.backends.triton import launch
+from mxmoe.backends.triton.dispatch import Dispatch, Tables, TileClass, Tiling
 from mxmoe.backends.triton.interpreter import mend_interpreter
-from mxmoe.backends.triton.launch import TURNS, make_rows
+from mxmoe.backends.triton.launch import TURNS, begin, make_rows
 from mxmoe.backends.triton.rows import RowKind
+from mxmoe.backends.triton.schedule import FEW_ASSIGNMENTS, allocate, build_reference
 from mxmoe.ir import Scheme
 from mxmoe.quant import quantize_activation, rotate
 
@@ -63,6 +66,64 @@ def test_rows_are_those_of_the_definition(x: Tensor, kinds: set[RowKind]) -> Non
         if kind.format in ("int", "e4m3"):
             check_equal(scales, wanted_scales, f"scales of {kind}")
         check_equal(codes, wanted, f"codes of {kind}")
+
+
+def sorted_reference(tables: Tables, x: Tensor, kinds: tuple[RowKind, ...]) -> list[tuple[Tensor, Tensor]]:
+    """Give codes and scales of every kind by the definition: row 5 of expert e is the 5th token that chose it."""
+    dispatch, found = tables.dispatch, list[tuple[Tensor, Tensor]]()
+    flat = tables.table("row_of").cpu().long()
+    token = torch.where(flat < dispatch.assignments, flat // dispatch.top_k, (flat - dispatch.assignments) % len(x))
+    for kind in kinds:
+        codes, scales = quantize_activation(x, KINDS[kind])
+        found.append((codes[token], scales[token]))
+    return found
+
+
+@st.composite
+def routed(draw: st.DrawFn) -> tuple[Tensor, Tensor, Dispatch]:
+    """Rows of tokens, their choices with some padding, and what is fixed of their schedule."""
+    always, top_k = draw(st.sampled_from(((0, 1), (0, 2), (1, 3)) if IS_COMPILED else ((0, 1), (0, 3), (1, 2), (2, 1))))
+    x, experts = draw(rows()), draw(st.integers(top_k, 5))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    index = torch.rand((len(x), experts + 2), generator=random).argsort(dim=1)[:, :top_k] - 1
+    index = index.to(draw(st.sampled_from((torch.int32, torch.int64)))).contiguous()
+    tiling = Tiling((TileClass(0, 64, 1), TileClass(0, 16, 1)), (0,) * (experts + always))
+    return x, index, Dispatch(experts, top_k, len(x), (tiling,), always)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    case=routed(), way=st.sampled_from(("fused", "few", "many")),
+    kinds=st.just(set(KINDS)) if IS_COMPILED else st.sets(st.sampled_from(sorted(KINDS)), min_size=1),
+)  # fmt: skip
+def test_rows_are_written_where_they_lie_sorted(
+    case: tuple[Tensor, Tensor, Dispatch], way: str, kinds: set[RowKind]
+) -> None:
+    (x, index, dispatch), ordered = case, tuple(sorted(kinds))
+    tables = allocate(dispatch, DEVICE, few_assignments=0 if way == "many" else FEW_ASSIGNMENTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "FUSED_TOKENS", 64 if way == "fused" else 0)
+        made = begin(tables, index.to(DEVICE), x.to(DEVICE), ordered, is_sorted=True)
+    reference = allocate(dispatch, DEVICE)
+    build_reference(reference, index.to(DEVICE))
+    for name in ("counts", "offsets", "row_of", "place_of"):
+        assert torch.equal(tables.table(name), reference.table(name)), name
+    real = int(reference.table("offsets")[-1])
+    for kind, found, scales, (wanted, wanted_scales) in zip(
+        ordered, made.codes, made.scales, sorted_reference(reference, x, ordered), strict=True
+    ):
+        assert found.shape == (dispatch.rows, x.shape[1])
+        check_equal(found[:real], wanted[:real], f"codes of {kind}")
+        if kind.format in ("int", "e4m3"):
+            check_equal(scales[:real], wanted_scales[:real], f"scales of {kind}")
+
+
+def test_no_token_has_no_sorted_row() -> None:
+    dispatch = Dispatch(2, 2, 0, (Tiling((TileClass(0, 16, 1),), (0, 0)),))
+    index = torch.empty((0, 2), dtype=torch.int64, device=DEVICE)
+    x = torch.empty((0, 64), dtype=torch.bfloat16, device=DEVICE)
+    made = begin(allocate(dispatch, DEVICE), index, x, (RowKind("bf16", 16), RowKind("int", 8)), is_sorted=True)
+    assert [tuple(codes.shape) for codes in made.codes] == [(0, 64), (0, 64)]
 
 
 def test_rows_of_a_kind_are_used_as_they_are() -> None:
