@@ -158,7 +158,7 @@ def _place_few(
 ) -> None:  # fmt: skip
     """Place ROWS flat rows."""
     i = block * ROWS + tl.arange(0, ROWS)
-    own, place = place_few(index_ptr, i, rows, tokens, E, ALWAYS, CHUNK)
+    own, place = place_few(index_ptr, i, rows, tokens, E, ALWAYS, CHUNK)  # pyright: ignore[reportGeneralTypeIssues]
     inside = i < rows + ALWAYS * tokens
     tl.store(words_ptr + HEAD + place, i, mask=inside)
     tl.store(words_ptr + HEAD + row_stride + i, tl.where(own == E + ALWAYS, -1, place), mask=inside)
