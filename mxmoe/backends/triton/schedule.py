@@ -137,7 +137,7 @@ def _tables(
 def place_few(
     index_ptr: tl.tensor, i: tl.tensor, rows: tl.tensor, tokens: tl.tensor, E: tl.constexpr, ALWAYS: tl.constexpr,
     CHUNK: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """Say which expert flat rows `i` belong to, and their places: how many (expert, position) are smaller."""
     own = _expert_of(index_ptr, i, rows, tokens, E, ALWAYS)
     key = own * rows + tl.where(i < rows, i, 0)
