@@ -1,10 +1,8 @@
-"""Many rows on sm_90: which launches are taken, where rows are copied to, and the products against the definition."""
+"""The divided kernel of sm_90: which launches it takes, its runs of tiles, and the products against the definition."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,14 +12,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from triton import knobs
-
 from mxmoe.backends.triton import hopper
 from mxmoe.backends.triton.dispatch import Dispatch
+from mxmoe.backends.triton.kernels_hopper_ring import FIELDS
 from mxmoe.backends.triton.launch import Epilogue, Matrices, Rows, make_rows
 from mxmoe.backends.triton.layout import allocate_arena, body_of, put
 from mxmoe.backends.triton.rows import RowKind
-from mxmoe.backends.triton.schedule import allocate, build, build_reference
+from mxmoe.backends.triton.schedule import allocate, build
 from mxmoe.backends.triton.tiles import Config, Gemm, Shape, classes_of
 from mxmoe.ir import Scheme
 from mxmoe.quant import Quantized, apply_act, dequantize, quantize
@@ -29,7 +26,6 @@ from mxmoe.quant import Quantized, apply_act, dequantize, quantize
 DENSE = ("bf16", "w8a8_sym", "w8a8_e4m3")
 NIBBLES = ("w4a8_g128_sym", "w4a8_g128_sym_e4m3", "w4a8_sym")
 OTHERS = ("w4a16_g128_asym", "w8a16_g128_sym", "w2a16_g64_asym")
-interpreted = pytest.mark.skipif(not knobs.runtime.interpret, reason="run by test_rows_are_sorted_in_the_interpreter")
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="no sm_90 device"
 )
@@ -39,18 +35,44 @@ def gemm_of(names: tuple[str, ...], n: int = 256, k: int = 512, gated: bool = Tr
     return Gemm(n, k, tuple(map(Scheme.parse, names)), gated)
 
 
-@given(st.lists(st.sampled_from(DENSE + NIBBLES), min_size=1, max_size=6), st.booleans(), st.integers(1, 9))
+heights = st.sets(st.sampled_from(hopper.HEIGHTS), min_size=1).map(sorted).map(tuple)
+
+
+@given(st.lists(st.sampled_from(DENSE), min_size=1, max_size=6), st.booleans(), st.integers(1, 9), heights)
 @settings(max_examples=50, deadline=None)
-def test_tiles_are_those_the_kernels_are_written_for(names: list[str], gated: bool, width: int) -> None:
+def test_tiles_are_those_the_kernel_is_written_for(
+    names: list[str], gated: bool, width: int, tall: tuple[int, ...]
+) -> None:
+    names = [*names, NIBBLES[width % len(NIBBLES)]] if len(set(names)) < hopper.MOST_RINGS else names
     gemm = gemm_of(tuple(names), n=64 * width, gated=gated)
-    config = hopper.config_for(gemm)
+    config = hopper.config_for(gemm, tall)
     assert config is not None
     tiling, _ = classes_of(gemm, config)
     for one in tiling.classes:
         dense = body_of(gemm.distinct[one.group]) == "dense"
         side_by_side = (256 if dense else 128) // (2 if gated else 1)
         assert one.n_tiles == -(-gemm.n // side_by_side)
-        assert one.height in (64, 128)
+        assert one.height in tall
+
+
+@given(st.lists(st.sampled_from(DENSE + NIBBLES), min_size=1, max_size=4), heights)
+@settings(max_examples=50, deadline=None)
+def test_a_ring_is_left_before_its_memory_is_another(names: list[str], tall: tuple[int, ...]) -> None:
+    gemm = gemm_of(tuple(names))
+    config = hopper.config_for(gemm, tall)
+    if config is None:
+        assert len(hopper.rings_of(gemm)) > hopper.MOST_RINGS
+        return
+    matrices = Matrices(gemm, allocate_arena(256, 512, gemm.schemes, 2, "cpu"), None)
+    runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper.runs(matrices, config, Epilogue("silu"))]
+    assert [run["place"] for run in runs] == list(range(len(config.shapes) * len(tall)))
+    free = 0
+    for before, run in pairwise([None, *runs]):
+        same = before is not None and before["ring"] == run["ring"]
+        free += 0 if same or before is None else before["stages"]
+        assert run["first_barrier"] == free
+        assert before is None or before["leaves"] == (not same)
+    assert not runs[-1]["leaves"]
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -77,49 +99,6 @@ def test_only_launches_that_the_kernels_compute_are_taken(monkeypatch: pytest.Mo
     assert not hopper.takes(matrices, Config(8, (("bf16", Shape((64,), 128)),)), out, silu)
     monkeypatch.undo()
     assert not hopper.runs_on(torch.device("cpu"))
-
-
-@st.composite
-def routed_rows(draw: st.DrawFn) -> tuple[Dispatch, Tensor, Rows]:
-    experts, always = draw(st.integers(1, 5)), draw(st.integers(0, 2))
-    tokens, top_k = draw(st.integers(1, 20)), draw(st.integers(1, 3))
-    words, scaled = draw(st.integers(1, 9)), draw(st.booleans())
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    # one id beyond the last expert is padding
-    index = torch.randint(0, experts + 1, (tokens, top_k), generator=generator, dtype=torch.int32)
-    gemm = gemm_of(("bf16",) * (experts + always))
-    config = hopper.config_for(gemm)
-    assert config is not None
-    dispatch = Dispatch(experts, top_k, tokens, (classes_of(gemm, config)[0],), always)
-    codes = torch.randint(-128, 128, (tokens, 4 * words), generator=generator).to(torch.int8)
-    scales = torch.rand((tokens, 1) if scaled else (0,), generator=generator)
-    return dispatch, index, Rows((codes,), (scales,))
-
-
-@interpreted
-@given(routed_rows())
-@settings(max_examples=50, deadline=None)
-def test_every_sorted_row_is_its_tokens(case: tuple[Dispatch, Tensor, Rows]) -> None:
-    dispatch, index, rows = case
-    tables = allocate(dispatch, torch.device("cpu"))
-    build_reference(tables, index)
-    made = hopper.sort_rows(rows, tables)
-    place = tables.table("place_of")
-    for flat in range(dispatch.rows):
-        routed = flat < dispatch.assignments
-        token = flat // dispatch.top_k if routed else (flat - dispatch.assignments) % dispatch.tokens
-        at = int(place[flat])
-        if at >= 0:
-            assert made.codes[0][at].equal(rows.codes[0][token])
-            assert not rows.scales[0].numel() or made.scales[0][at].equal(rows.scales[0][token])
-
-
-@pytest.mark.skipif(knobs.runtime.interpret, reason="is interpreted already")
-def test_rows_are_sorted_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "test_every_sorted_row", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "skipped" not in done.stdout
 
 
 def weights_of(gemm: Gemm, seed: int) -> list[Quantized]:
@@ -151,26 +130,30 @@ def wanted(gemm: Gemm, made: list[Quantized], rows: Rows, expert: int, source: T
 CASES = [
     *((gemm_of((name,) * 3, n, k, gated), False) for name in DENSE + NIBBLES for n, k, gated in ((192, 640, True),)),
     *((gemm_of((name,) * 3, n, k, gated), True) for name in DENSE + NIBBLES for n, k, gated in ((320, 384, False),)),
-    (gemm_of((*DENSE, *NIBBLES), 256, 512, True), True),
-    (gemm_of((*DENSE, *NIBBLES), 192, 128, False), False),
+    (gemm_of(("w8a8_sym", "w4a8_g128_sym", "bf16", "w4a8_sym"), 256, 512, True), True),
+    (gemm_of(("w8a8_e4m3", "w4a8_g128_sym_e4m3", "w4a8_g128_sym"), 192, 128, False), False),
+    (gemm_of(("w4a8_g128_sym", "w8a8_sym", "w8a8_sym"), 384, 1152, False), False),
 ]
+TALL = [(16, 32, 64, 128), (64, 128), (16, 32), (32, 64)]
 
 
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("tall", TALL, ids=str)
 @pytest.mark.parametrize(("gemm", "biased"), CASES)
-def test_products_are_those_of_the_definition(gemm: Gemm, biased: bool, alone: bool) -> None:
+def test_products_are_those_of_the_definition(gemm: Gemm, biased: bool, tall: tuple[int, ...], alone: bool) -> None:
     if alone and not gemm.gated:
         pytest.skip("one matrix is alone anyway")
-    tokens, top_k, experts = 333, 2, len(gemm.schemes)
+    # many rows for tall tiles, or some
+    tokens, top_k, experts = 2500 if tall == (64, 128) else 333, 2, len(gemm.schemes)
     made, matrices = weights_of(gemm, 1), 2 if gemm.gated else 1
     arena = allocate_arena(gemm.n, gemm.k, gemm.schemes, matrices, "cuda")
     for number, q in enumerate(made):
         put(arena, number // experts, number % experts, q)
     generator = torch.Generator().manual_seed(2)
     bias = torch.randn((matrices, experts, gemm.n), generator=generator) if biased else None
-    config = hopper.config_for(gemm)
+    config = hopper.config_for(gemm, tall)
     assert config is not None
     tiling, _ = classes_of(gemm, config)
     tables = allocate(Dispatch(experts, top_k, tokens, (tiling,)), torch.device("cuda"))
@@ -178,21 +161,18 @@ def test_products_are_those_of_the_definition(gemm: Gemm, biased: bool, alone: b
     index = torch.rand((tokens, experts + 1), generator=generator).topk(top_k).indices.to(torch.int32)
     index[torch.rand(index.shape, generator=generator) < 0.4] = 0
     build(tables, index.cuda())
-    x = torch.randn((tokens if gemm.gated else tokens * top_k, gemm.k), generator=generator).bfloat16().cuda()
-    rows = make_rows(x, gemm.row_kinds)
+    rows = make_rows(torch.randn((tokens * top_k, gemm.k), generator=generator).bfloat16().cuda(), gemm.row_kinds)
     out = torch.full((1, tokens * top_k, gemm.n), float("nan"), dtype=torch.bfloat16, device="cuda")
     held = Matrices(gemm, arena, None if bias is None else bias.cuda())
-    gather = gemm.gated
     if alone:  # up by itself, in the tiles of both
         held, gemm, made = held.alone(1), held.alone(1).gemm, made[experts:]
         bias = None if bias is None else bias[1:]
     epilogue = Epilogue("silu") if gemm.gated else Epilogue()
     assert hopper.takes(held, config, out, epilogue)
-    hopper.run_hopper(held, config, rows, tables, 0, out, epilogue, gather=gather)
-    row_of, start = tables.table("row_of").cpu().long(), 0
+    hopper.run_hopper(held, config, rows, tables, 0, out, epilogue)
+    start = 0
     for expert, count in enumerate(tables.table("counts").cpu().tolist()):
-        source = row_of[start : start + count] // top_k if gather else torch.arange(start, start + count)
-        want = wanted(gemm, made, rows, expert, source, bias)
+        want = wanted(gemm, made, rows, expert, torch.arange(start, start + count), bias)
         found = out[0, start : start + count].cpu().double()
         assert (found - want).norm() <= 6e-3 * want.norm(), gemm.schemes[expert]
         start += count

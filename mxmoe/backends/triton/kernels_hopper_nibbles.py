@@ -1,0 +1,252 @@
+# type: ignore  # a kernel is another language in Python's letters: constants change type, decorators change calls
+"""
+Runs of 4-bit weights against 8-bit rows, within `kernels_hopper.divided_gemm`.
+
+Y^T = W X^T, so that decoded weights go to the matrix unit from registers. A tile is 128 channels, with a gate 64 of
+each matrix, times 16 to 128 rows; either warpgroup has 32 of the channels of both halves, eight rows of one and eight
+of the other in turn, so that gate and up meet in one thread. A step is one unit of 128 channels of k; with a scale per
+group its sums are scaled while the other warpgroup multiplies.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from mxmoe.backends.triton.kernels_hopper_ring import (
+    BIAS,
+    COLUMNS,
+    FIRST,
+    GATED,
+    GROUP,
+    HEIGHT,
+    LOW_BOX,
+    STAGES,
+    TALL_BOX,
+    K,
+    N,
+    addresses,
+    biases_of,
+    find,
+    next_buffer,
+    scales_of,
+    store,
+)
+
+INT8_STEP = gl.constexpr(2.0**-4)
+E4M3_STEP = gl.constexpr(2.0**9)
+
+# the tricks of `decode.py`, four codes at a time
+_HIGH_NIBBLES = gl.constexpr("""{
+.reg .b32 t;
+shl.b32 t, $2, 4;
+lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A;
+lop3.b32 $1, $2, 0xF0F0F0F0, 0x80808080, 0x6A;
+}""")
+_SUBNORMALS = gl.constexpr("""{
+.reg .b32 t, u;
+and.b32 $0, $2, 0x87878787;
+shr.b32 t, $2, 3;
+and.b32 t, t, 0x07070707;
+shl.b32 u, $2, 1;
+lop3.b32 $1, u, 0x80808080, t, 0xEA;
+}""")
+
+
+@gluon.jit
+def rows_in(big: gl.tensor, xd: gl.tensor, BOX: gl.constexpr, S: gl.constexpr) -> gl.tensor:
+    """The ring's rows as boxes of BOX rows, 128 of them to either half of a buffer."""
+    return big._reinterpret(xd.dtype, [S[STAGES] * 2 * (128 // BOX), BOX, 64], xd.layout)
+
+
+@gluon.jit
+def codes_in(small: gl.tensor, wd: gl.tensor, S: gl.constexpr) -> gl.tensor:
+    """The ring's codes, two blocks of 64 channels to a buffer."""
+    return small._reinterpret(gl.uint8, [S[STAGES] * 2, 64, 64], wd.layout)
+
+
+@gluon.jit
+def load_nibbles(
+    xd: gl.tensor, wd: gl.tensor, sd: gl.tensor, base_ptr: gl.tensor, band_ptr: gl.tensor, bands: gl.tensor,
+    small: gl.tensor, big: gl.tensor, ss: gl.tensor, full: gl.tensor, empty: gl.tensor,
+    first: gl.tensor, count: gl.tensor, tile: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Fill the ring: in each step a unit of two blocks of weights, its scales, and both halves of its rows."""
+    UNITS: gl.constexpr = (S[K] + 127) // 128
+    BLOCKS: gl.constexpr = (S[N] + 63) // 64
+    BYTES: gl.constexpr = S[HEIGHT] * 128 + 2 * 64 * 64 + (256 if S[GROUP] else 0)
+    BOX: gl.constexpr = TALL_BOX if S[HEIGHT] >= TALL_BOX else LOW_BOX
+    COPIES: gl.constexpr = S[HEIGHT] // BOX
+    xs = rows_in(big, xd, BOX, S)
+    ws = codes_in(small, wd, S)
+    last = count * S[COLUMNS]
+    expert, row, _, column = find(tile, first, count, band_ptr, bands, S)
+    at, beside = addresses(base_ptr, expert, 0, S)
+    scale_at, scale_beside = addresses(base_ptr, expert, 1, S)
+    while tile < last:
+        tile += gl.num_programs(0)
+        from_row = row
+        b0 = column * (1 if S[GATED] else 2)
+        b1 = b0 if S[GATED] else gl.minimum(b0 + 1, BLOCKS - 1)
+        w0 = (at // 64).to(gl.int32) + b0 * (UNITS * 64)
+        w1 = (beside // 64).to(gl.int32) + b1 * (UNITS * 64)
+        s0 = (scale_at // 128).to(gl.int32) + b0 * UNITS
+        s1 = (scale_beside // 128).to(gl.int32) + b1 * UNITS
+        expert, row, _, column = find(tile, first, count, band_ptr, bands, S)
+        at, beside = addresses(base_ptr, expert, 0, S)
+        scale_at, scale_beside = addresses(base_ptr, expert, 1, S)
+        for unit in range(UNITS):
+            barrier = full.index(S[FIRST] + s)
+            mbarrier.wait(empty.index(S[FIRST] + s), phase)
+            mbarrier.expect(barrier, BYTES)
+            tma.async_copy_global_to_shared(wd, [w0 + unit * 64, 0], barrier, ws.index(2 * s))
+            tma.async_copy_global_to_shared(wd, [w1 + unit * 64, 0], barrier, ws.index(2 * s + 1))
+            if S[GROUP]:
+                tma.async_copy_global_to_shared(sd, [s0 + unit, 0], barrier, ss.index(2 * s))
+                tma.async_copy_global_to_shared(sd, [s1 + unit, 0], barrier, ss.index(2 * s + 1))
+            for half in gl.static_range(2):
+                for i in gl.static_range(COPIES):
+                    to = xs.index((2 * s + half) * (128 // BOX) + i)
+                    tma.async_copy_global_to_shared(xd, [from_row + i * BOX, unit * 128 + half * 64], barrier, to)
+            s, phase = next_buffer(s, phase, S)
+    return tile, s, phase
+
+
+@gluon.jit
+def _in_turn(a: gl.tensor, b: gl.tensor, LAYOUT: gl.constexpr) -> gl.tensor:
+    """[32, ..] of both halves -> [64, ..], eight rows of each in turn; no number leaves its thread."""
+    if len(a.shape) == 1:
+        both = gl.reshape(gl.permute(gl.reshape(gl.join(a, b), (4, 8, 2)), (0, 2, 1)), (64,))
+    else:
+        both = gl.reshape(gl.permute(gl.reshape(gl.join(a, b), (4, 8, 64, 2)), (0, 3, 1, 2)), (64, 64))
+    return gl.convert_layout(both, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _decode(p: gl.tensor, INT: gl.constexpr) -> gl.tensor:
+    """Bytes of codes -> both parts as operands: int8 of 16 times the code, or e4m3 of 2^-9 times it."""
+    if INT:
+        low, high = gl.inline_asm_elementwise(
+            _HIGH_NIBBLES, "=r,=r,r", [p], dtype=(gl.int8, gl.int8), is_pure=False, pack=4
+        )
+    else:
+        low, high = gl.inline_asm_elementwise(
+            _SUBNORMALS, "=r,=r,r", [p], dtype=(gl.float8e4nv, gl.float8e4nv), is_pure=False, pack=4
+        )
+    return low, high
+
+
+@gluon.jit
+def _start_unit(
+    xs: gl.tensor, ws: gl.tensor, ss: gl.tensor, s: gl.tensor, sums: gl.tensor,
+    S: gl.constexpr, WG: gl.constexpr, TALL: gl.constexpr, ACC: gl.constexpr, ADDS: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Decode buffer `s`, start its products with TALL rows: (pending sums, scales [64] or 0). ADDS: to `sums`."""
+    # the thread that holds a row of gate's operand holds the same row of up's; so do its registers
+    HALF: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 16], [0, 32]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [32, 64]
+    )
+    ROW: gl.constexpr = gl.SliceLayout(1, HALF)
+    DOT: gl.constexpr = gl.DotOperandLayout(0, ACC, 4)
+    INT: gl.constexpr = xs.dtype == gl.int8
+    EVERY: gl.constexpr = 128 // TALL
+    l0, h0 = _decode(ws.index(2 * s).slice(32 * WG, 32).load(HALF), INT)
+    l1, h1 = _decode(ws.index(2 * s + 1).slice(32 * WG, 32).load(HALF), INT)
+    low = _in_turn(l0, l1, DOT)
+    high = _in_turn(h0, h1, DOT)
+    scale = 0
+    if S[GROUP]:
+        s0 = ss.index(2 * s).slice(32 * WG, 32).load(ROW).to(gl.float32)
+        s1 = ss.index(2 * s + 1).slice(32 * WG, 32).load(ROW).to(gl.float32)
+        scale = _in_turn(s0, s1, gl.SliceLayout(1, ACC))
+    part = warpgroup_mma(low, xs.index(2 * s * EVERY).permute((1, 0)), sums, use_acc=ADDS, is_async=True)
+    part = warpgroup_mma(high, xs.index((2 * s + 1) * EVERY).permute((1, 0)), part, is_async=True)
+    return part, scale
+
+
+@gluon.jit
+def _sum_nibbles(
+    xs: gl.tensor, ws: gl.tensor, ss: gl.tensor, full: gl.tensor, empty: gl.tensor, s: gl.tensor, phase: gl.tensor,
+    S: gl.constexpr, WG: gl.constexpr, TALL: gl.constexpr, ACC: gl.constexpr, SUM: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """
+    Multiply 64 channels with TALL rows along all of k.
+
+    One sum at a time: a second one, to scale while the next is made, spills registers and halves the rate.
+    """
+    zero = gl.zeros((64, TALL), SUM, ACC)
+    acc = gl.zeros((64, TALL), gl.float32 if S[GROUP] else SUM, ACC)
+    for _ in range((S[K] + 127) // 128):
+        mbarrier.wait(full.index(S[FIRST] + s), phase)
+        if S[GROUP]:
+            part, scale = _start_unit(xs, ws, ss, s, zero, S, WG, TALL, ACC, False)
+            part = warpgroup_mma_wait(0, deps=[part])
+            mbarrier.arrive(empty.index(S[FIRST] + s), count=1)
+            acc += part.to(gl.float32) * scale[:, None]
+        else:
+            part, scale = _start_unit(xs, ws, ss, s, acc, S, WG, TALL, ACC, True)
+            acc = warpgroup_mma_wait(0, deps=[part])
+            mbarrier.arrive(empty.index(S[FIRST] + s), count=1)
+        s, phase = next_buffer(s, phase, S)
+    return acc.to(gl.float32), s, phase
+
+
+@gluon.jit
+def _tile_nibbles(
+    arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor, x_scale: gl.tensor, y_ptr: gl.tensor, xs: gl.tensor,
+    ws: gl.tensor, ss: gl.tensor, full: gl.tensor, empty: gl.tensor, s: gl.tensor, phase: gl.tensor, expert: gl.tensor,
+    row: gl.tensor, rows: gl.tensor, n0: gl.tensor, n1: gl.tensor,
+    S: gl.constexpr, WG: gl.constexpr, TALL: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Multiply and store 32 channels of both halves of a tile of at most TALL rows."""
+    INT: gl.constexpr = xs.dtype == gl.int8
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TALL, 32])
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [4, 8], [1, 4], [0, 1])
+    SUM: gl.constexpr = gl.int32 if INT else gl.float32
+    m = gl.arange(0, TALL, gl.SliceLayout(0, ACC))
+    r = gl.load(x_scale + row + m, mask=m < rows, other=0.0) * (INT8_STEP if INT else E4M3_STEP)
+    acc, s, phase = _sum_nibbles(xs, ws, ss, full, empty, s, phase, S, WG, TALL, ACC, SUM)
+    y = gl.permute(gl.reshape(acc * r[None, :], (4, 2, 8, TALL)), (0, 2, 3, 1))
+    a, b = gl.split(y)
+    a = gl.reshape(a, (32, TALL))
+    b = gl.reshape(b, (32, TALL))
+    n = gl.arange(0, 32, gl.SliceLayout(1, a.type.layout))
+    if S[GROUP] == 0:
+        s0, s1 = scales_of(arena, base_ptr, expert, n0, n1, n, S)
+        a = a * s0[:, None]
+        b = b * s1[:, None]
+    if S[BIAS]:
+        b0, b1 = biases_of(bias_ptr, expert, n0, n1, n, S)
+        a = a + b0[:, None]
+        b = b + b1[:, None]
+    m_out = gl.arange(0, TALL, gl.SliceLayout(0, OUT))
+    n_out = gl.arange(0, 32, gl.SliceLayout(1, OUT))
+    store(a, b, y_ptr, row, rows, m_out, n_out, n0, n1, 1, OUT, S)
+    return s, phase
+
+
+@gluon.jit
+def multiply_nibbles(
+    xd: gl.tensor, wd: gl.tensor, arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor, x_scale: gl.tensor,
+    y_ptr: gl.tensor, band_ptr: gl.tensor, bands: gl.tensor, small: gl.tensor, big: gl.tensor, ss: gl.tensor,
+    full: gl.tensor, empty: gl.tensor, first: gl.tensor, count: gl.tensor, tile: gl.tensor, s: gl.tensor,
+    phase: gl.tensor, S: gl.constexpr, WG: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Multiply channels 32 * WG to 32 * WG + 31 of both halves of every tile."""
+    xs = rows_in(big, xd, S[HEIGHT], S)
+    ws = codes_in(small, wd, S)
+    flat = ss._reinterpret(gl.bfloat16, [S[STAGES] * 2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    last = count * S[COLUMNS]
+    expert1, row1, rows1, column1 = find(tile, first, count, band_ptr, bands, S)
+    while tile < last:
+        expert, row, rows = expert1, row1, rows1
+        n0 = column1 * (64 if S[GATED] else 128) + 32 * WG
+        n1 = n0 if S[GATED] else n0 + 64
+        tile += gl.num_programs(0)
+        expert1, row1, rows1, column1 = find(tile, first, count, band_ptr, bands, S)
+        s, phase = _tile_nibbles(
+            arena, base_ptr, bias_ptr, x_scale, y_ptr, xs, ws, flat, full, empty, s, phase, expert, row, rows, n0, n1,
+            S, WG, S[HEIGHT],
+        )  # fmt: skip
+    return tile, s, phase

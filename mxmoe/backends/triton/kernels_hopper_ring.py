@@ -1,0 +1,149 @@
+# type: ignore  # a kernel is another language in Python's letters: constants change type, decorators change calls
+"""
+What the divided kernels share: what a run of tiles is compiled for, which tile is next, and where its numbers lie.
+
+A *run* is the tiles of one class of the schedule. Every warp of a program walks the same runs in the same order; `tile`
+counts on from one run to the next, so that programs which had one tile less in a run are the first in the next one.
+"""
+
+from __future__ import annotations
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from mxmoe.backends.triton.kernels import act
+
+FIELDS = (
+    *("n", "k", "lanes", "grouping", "gated", "bias", "act", "p", "q"),
+    *("nibbles", "height", "place", "columns", "group", "rows", "ring", "first_barrier", "stages", "leaves"),
+)
+"""
+What a run is compiled for. The launch: matrix, experts, bands that share columns, whether there are two matrices and a
+bias, the nonlinearity with its two numbers. The run: 4-bit weights or not, rows of a tile, place of its class, tiles of
+a band, channels of a group (0: none), kind of rows, ring of buffers, the ring's first barrier, its buffers, and whether
+the next run uses the memory for another ring.
+"""
+N = gl.constexpr(0)
+K = gl.constexpr(1)
+LANES = gl.constexpr(2)
+GROUPING = gl.constexpr(3)
+GATED = gl.constexpr(4)
+BIAS = gl.constexpr(5)
+ACT = gl.constexpr(6)
+ACT_P = gl.constexpr(7)
+ACT_Q = gl.constexpr(8)
+NIBBLES = gl.constexpr(9)
+HEIGHT = gl.constexpr(10)
+PLACE = gl.constexpr(11)
+COLUMNS = gl.constexpr(12)
+GROUP = gl.constexpr(13)
+ROWS = gl.constexpr(14)
+RING = gl.constexpr(15)
+FIRST = gl.constexpr(16)
+STAGES = gl.constexpr(17)
+LEAVES = gl.constexpr(18)
+
+STEP = gl.constexpr(128)
+"""Bytes of a row in a step of dense weights; channels of a step of 4-bit ones."""
+TALL_BOX = gl.constexpr(64)
+LOW_BOX = gl.constexpr(16)
+"""Rows that one copy brings, of tiles of 64 and 128 rows and of those of 16 and 32."""
+SLOT = gl.constexpr(256)
+"""Bytes; every payload in the arena begins at a multiple."""
+
+
+@triton.constexpr_function
+def run(runs: tuple, i: int) -> tuple:
+    """What run `i` is compiled for."""
+    return runs[i]
+
+
+@gluon.jit
+def bands_of(ends_ptr: gl.tensor, S: gl.constexpr) -> gl.tensor:
+    """First band and number of bands of a run."""
+    first = gl.load(ends_ptr + S[PLACE])
+    return first, gl.load(ends_ptr + S[PLACE] + 1) - first
+
+
+@gluon.jit
+def find(
+    tile: gl.tensor, first: gl.tensor, count: gl.tensor, band_ptr: gl.tensor, bands: gl.tensor, S: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Expert, first sorted row, rows and column of a tile (of the last one where there is none), as `tile_in_class`."""
+    tile = gl.minimum(tile, gl.maximum(count * S[COLUMNS] - 1, 0))
+    held: gl.constexpr = S[GROUPING] * S[COLUMNS]
+    group = tile // held
+    inside = tile - group * held
+    size = gl.maximum(gl.minimum(count - group * S[GROUPING], S[GROUPING]), 1)
+    band = band_ptr + first + group * S[GROUPING] + inside % size
+    return gl.load(band), gl.load(band + bands), gl.load(band + 2 * bands), inside // size
+
+
+@gluon.jit
+def addresses(base_ptr: gl.tensor, expert: gl.tensor, WHAT: gl.constexpr, S: gl.constexpr) -> gl.tensor:
+    """Byte offset of payload (0) or scale (1) of an expert's matrix, and of the second one's, if any."""
+    beside = S[LANES] if S[GATED] else 0
+    return gl.load(base_ptr + expert * 3 + WHAT), gl.load(base_ptr + (beside + expert) * 3 + WHAT)
+
+
+@gluon.jit
+def next_buffer(s: gl.tensor, phase: gl.tensor, S: gl.constexpr) -> gl.tensor:
+    """Give the buffer after `s`, and the phase of its barrier."""
+    s += 1
+    if s == S[STAGES]:
+        s = 0
+        phase ^= 1
+    return s, phase
+
+
+@gluon.jit
+def by_channel(
+    at: gl.tensor, n0: gl.tensor, n1: gl.tensor, beside: gl.tensor, n: gl.tensor, S: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Numbers per channel of both halves of a tile, from `at` and `beside`; zeros beyond the last channel."""
+    return (
+        gl.load(at + n0 + n, mask=n < S[N] - n0, other=0.0),
+        gl.load(beside + n1 + n, mask=n < S[N] - n1, other=0.0),
+    )
+
+
+@gluon.jit
+def scales_of(
+    arena: gl.tensor, base_ptr: gl.tensor, expert: gl.tensor, n0: gl.tensor, n1: gl.tensor, n: gl.tensor,
+    S: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Scales per channel of both halves of a tile."""
+    at, beside = addresses(base_ptr, expert, 1, S)
+    typed: gl.constexpr = gl.pointer_type(gl.float32)
+    return by_channel((arena + at).to(typed), n0, n1, (arena + beside).to(typed), n, S)
+
+
+@gluon.jit
+def biases_of(
+    bias_ptr: gl.tensor, expert: gl.tensor, n0: gl.tensor, n1: gl.tensor, n: gl.tensor, S: gl.constexpr
+) -> gl.tensor:  # fmt: skip
+    """Biases of both halves of a tile."""
+    beside = S[LANES] if S[GATED] else 0
+    return by_channel(bias_ptr + expert * S[N], n0, n1, bias_ptr + (beside + expert) * S[N], n, S)
+
+
+@gluon.jit
+def store(
+    a: gl.tensor, b: gl.tensor, y_ptr: gl.tensor, row: gl.tensor, rows: gl.tensor, m: gl.tensor, n: gl.tensor,
+    n0: gl.tensor, n1: gl.tensor, AXIS: gl.constexpr, LAYOUT: gl.constexpr, S: gl.constexpr,
+) -> None:  # fmt: skip
+    """Join gate and up, or store both halves; rows `m` lie along AXIS of a and b, channels `n` along the other."""
+    to = y_ptr + gl.expand_dims((row + m).to(gl.int64) * S[N], 1 - AXIS) + gl.expand_dims(n, AXIS)
+    inside = gl.expand_dims(m < rows, 1 - AXIS)
+    if S[GATED]:
+        KIND: gl.constexpr = S[ACT]
+        FIRST_NUMBER: gl.constexpr = S[ACT_P]
+        SECOND_NUMBER: gl.constexpr = S[ACT_Q]
+        y = act(a, b, KIND, FIRST_NUMBER, SECOND_NUMBER).to(y_ptr.dtype.element_ty)
+        gl.store(to + n0, gl.convert_layout(y, LAYOUT), mask=inside & gl.expand_dims(n < S[N] - n0, AXIS))
+    else:
+        a = gl.convert_layout(a.to(y_ptr.dtype.element_ty), LAYOUT)
+        gl.store(to + n0, a, mask=inside & gl.expand_dims(n < S[N] - n0, AXIS))
+        b = gl.convert_layout(b.to(y_ptr.dtype.element_ty), LAYOUT)
+        gl.store(to + n1, b, mask=inside & gl.expand_dims(n < S[N] - n1, AXIS))
