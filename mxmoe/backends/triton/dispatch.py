@@ -28,6 +28,8 @@ COLUMNS = 5
 """Numbers of a class in the constants: group, height, next lower height, shift of the tallest height, n_tiles."""
 MAX_SETS = 2
 """Tilings that one launch can build bands for: those of gate_up and of down."""
+WALK = 2
+"""Counters of a tiling, for programs that fetch tile after tile: tiles handed out, and programs that are done."""
 
 
 def pad_to(value: int, multiple: int) -> int:
@@ -203,6 +205,7 @@ class Dispatch:
         for which in range(len(self.tilings)):
             held = self.bands(which)
             sizes += [(f"{name}{which}", held, held) for name in ("band_expert", "band_row", "band_rows")]
+        sizes.append(("walk", MAX_SETS * WALK, ALIGN))
         starts = [0]
         for _, _, held in sizes:
             starts.append(starts[-1] + held)
@@ -211,7 +214,7 @@ class Dispatch:
     @property
     def words(self) -> int:
         """Length of the buffer of tables, int32 words."""
-        return self.places["place_of"][0] + self.row_stride + 3 * sum(map(self.bands, range(len(self.tilings))))
+        return self.places["walk"][0] + ALIGN
 
     def constants(self) -> Tensor:
         """int32: per tiling the group of each expert [expert_width], then per tiling `Tiling.columns`."""
@@ -229,7 +232,7 @@ class Tables:
     `row_of` [rows]: sorted row -> flat row; padding last. `place_of` [rows]: flat row -> sorted row, -1 for padding.
     Per tiling: `class_band`, `class_tile` [classes + 1]: first band and first tile of each class, then the end;
     `band_expert`, `band_row`, `band_rows` [bound]: expert, first sorted row and number of rows of each band; what lies
-    beyond the last band is undefined.
+    beyond the last band is undefined. `walk` [MAX_SETS * WALK]: zeros, which whoever counts with them restores.
     """
 
     dispatch: Dispatch

@@ -119,11 +119,12 @@ def _tables(
     """Everything but the rows."""
     e = tl.arange(0, EP)
     offsets = tl.cumsum(counts, 0) - counts
+    ends_ptr = words_ptr + 2 * EP
+    band_ptr = words_ptr + HEAD + 2 * row_stride
     if part == 0:
         tl.store(words_ptr + e, counts, mask=e < LANES)
         tl.store(words_ptr + EP + e, offsets, mask=e <= LANES)
-    ends_ptr = words_ptr + 2 * EP
-    band_ptr = words_ptr + HEAD + 2 * row_stride
+        tl.store(band_ptr + 3 * (bands0 + bands1) + tl.arange(0, 4), tl.zeros([4], tl.int32))
     class_ptr = constants_ptr + SETS * EP
     _bands(counts, offsets, constants_ptr, class_ptr, ends_ptr, band_ptr, bands0, part, parts, EP, CP)
     if SETS == 2:
