@@ -30,7 +30,7 @@ Most registers of a thread, where a launch asks for them all.
 Left to itself the assembler gives 128, for two programs of eight warps, and spills a few; asked for more than it needs
 it takes them too, so that only launches which would spill ask.
 """
-DIVIDES = False
+DIVIDES = True
 """
 Whether launches of many rows on sm_90 take the kernels of `hopper.py`.
 

@@ -42,7 +42,7 @@ _KERNELS: Any = kernels_joint
 
 JOINED = ("routed", "shared")
 """Banks that one set of launches may run, in the order of their lanes."""
-JOINS_ON_GPU = False
+JOINS_ON_GPU = True
 """
 Whether banks are joined on a GPU as they are in the interpreter, where they are held to the definition.
 
