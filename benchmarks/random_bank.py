@@ -2,9 +2,10 @@
 Our kernels over random packed weights: one product, or a bank of experts, made on the device without quantizing.
 
 Payloads are random bits in the layout that the kernels read, scales and zero points are such that weights have the
-spread of real ones. A product's launch is the grouped kernel alone: the tile schedule and the rows as the kernel reads
-them are made before, as they are for the peers; gate_up ends with the activation function, and where k is split the sum
-of its parts is in the launch. A bank's launch is everything from the indices to the combined output.
+spread of real ones. A product's launch is the grouped kernel alone: the tile schedule and rows as the kernel reads them
+(by token, or sorted by expert where it wants them so) are made before, as they are for the peers; gate_up ends with the
+activation function, and where k is split the sum of its parts is in the launch. A bank's launch is everything from the
+indices to the combined output.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from mxmoe.backends.triton.choose_ada import config_for
 from mxmoe.backends.triton.dispatch import Dispatch
 from mxmoe.backends.triton.executable import Bank
-from mxmoe.backends.triton.launch import Epilogue, Matrices, make_rows, run_gemm
+from mxmoe.backends.triton.launch import Epilogue, Matrices, make_rows, reads_sorted, run_gemm, sort_rows
 from mxmoe.backends.triton.layout import Arena, allocate_arena, meta_bytes, payload_bytes, unpack_meta, unpack_payload
 from mxmoe.backends.triton.schedule import allocate, build
 from mxmoe.backends.triton.tiles import Config, Gemm, classes_of
@@ -114,23 +115,28 @@ class Product:
     matrices: Matrices
 
     def bind(self, x: Tensor, ids: Tensor, weights: Tensor) -> Bound:
-        """Make schedule and rows; `x` is by token for gate_up, by token and slot for down."""
+        """
+        Make schedule and rows; `x` is by token for gate_up, by token and slot for down.
+
+        Rows are made before, as for the peers, in the order in which the kernel reads them.
+        """
         del weights
-        gemm, gather = self.matrices.gemm, self.cell.part == "gate_up"
+        gemm, is_entry = self.matrices.gemm, self.cell.part == "gate_up"
         config = config_for(gemm, self.cell.tokens, ids.shape[1], x.device)
         dispatch = Dispatch(len(gemm.schemes), ids.shape[1], len(ids), (classes_of(gemm, config)[0],))
         tables = allocate(dispatch, ids.device)
         build(tables, ids)
         order = tables.table("row_of").long()
-        inputs = x if gather else x[order]
-        read = make_rows(inputs, gemm.row_kinds)
+        inputs = x if is_entry else x[order]
+        is_spread = is_entry and reads_sorted(config)
+        read = sort_rows(tables, x, gemm.row_kinds) if is_spread else make_rows(inputs, gemm.row_kinds)
         parts = max(config.shape(scheme).parts for scheme in gemm.distinct)
         dtype = torch.float32 if parts > 1 else x.dtype
         out = torch.empty((parts, dispatch.rows, gemm.n), dtype=dtype, device=x.device)
-        epilogue = EPILOGUE if gather else Epilogue()
+        epilogue = EPILOGUE if is_entry else Epilogue()
 
         def launch() -> Tensor:
-            run_gemm(self.matrices, config, read, tables, 0, out, epilogue, gather=gather)
+            run_gemm(self.matrices, config, read, tables, 0, out, epilogue, gather=is_entry and not is_spread)
             return out
 
         return Bound(launch, partial(self._check, launch, inputs, order, ids), say(config))

@@ -15,6 +15,9 @@ def add_bench(commands: Any) -> None:  # noqa: ANN401  # argparse names the type
     """Add `mxmoe bench`."""
     parser = commands.add_parser("bench", help="measure tiles on this GPU, and write the fastest of every shape class")
     parser.add_argument("--out", metavar="FILE", required=True, help="JSON to write")
+    parser.add_argument(
+        "--known", metavar="FILE", help="such a JSON, not measured again where kernels are as they were"
+    )
     _add_common(parser)
     parser.set_defaults(run=_bench)
 
@@ -62,6 +65,8 @@ def _measured(arguments: argparse.Namespace, program: str) -> Path:
 def _bench(arguments: argparse.Namespace) -> int:
     program = "mxmoe bench"
     measured, words = _measured(arguments, program), _words(arguments, program)
+    if arguments.known:
+        words["known"] = Path(arguments.known)
     from mxmoe.backends.triton import bench_tiles
 
     sys.stdout.write(f"{bench_tiles(Path(arguments.out), measured, **words)} written to {arguments.out}\n")

@@ -15,7 +15,7 @@ from triton import knobs
 from mxmoe.backends.triton.choose import by_rule, mean_rows
 from mxmoe.backends.triton.layout import body_of, unit_channels
 from mxmoe.backends.triton.tiles import Config, Gemm, Shape
-from mxmoe.backends.triton.tuned import tuned_config, tuned_for
+from mxmoe.backends.triton.tuned import DIVIDED, Tuned, tuned_config, tuned_for
 from mxmoe.ir import Scheme
 
 REGIMES = (16, 32, 96)
@@ -45,24 +45,45 @@ def config_for(gemm: Gemm, tokens: int, top_k: int, device: torch.device, *, is_
     """
     Choose the tiles of a GEMM for a call of `tokens` tokens on a device: measured, or by the rule for its kind.
 
-    Many rows on sm_90 take the kernels that divide loading and multiplying between warps, but for launches that want
-    another end than theirs (`is_plain`).
+    On sm_90 that may be tiles of the divided kernel, but for launches that want another end than its own (`is_plain`).
     """
-    divided = None if is_plain or arch_of(device) != 90 else _divided(gemm, tokens, top_k, device)
-    if divided is not None:
-        return divided
-    rule, tuned = config_for_arch(gemm, tokens, top_k, arch_of(device)), tuned_for(device)
-    return rule if tuned is None else tuned_config(tuned, gemm, tokens, top_k, rule)
+    arch = arch_of(device)
+    divides = not is_plain and arch == 90 and _divides(device)
+    return choose(gemm, tokens, top_k, arch, tuned_for(device), divides=divides)
 
 
-def _divided(gemm: Gemm, tokens: int, top_k: int, device: torch.device) -> Config | None:
-    """Tiles of the kernels for many rows on sm_90, or None where rows are few or the kernels are not for this GEMM."""
+def _divides(device: torch.device) -> bool:
+    """Whether launches on a device may take the divided kernel."""
     if not DIVIDES or device.type != "cuda":
-        return None
+        return False
     from mxmoe.backends.triton import hopper  # its kernels are no Python that the interpreter runs
 
-    many = mean_rows(gemm, tokens, top_k) >= hopper.ENOUGH_ROWS
-    return hopper.config_for(gemm) if many and hopper.runs_on(device) else None
+    return hopper.runs_on(device)
+
+
+@lru_cache(maxsize=4096)
+def choose(gemm: Gemm, tokens: int, top_k: int, arch: int, tuned: Tuned | None, *, divides: bool) -> Config:
+    """
+    Choose the fastest measured tiles, or those of a rule where nothing near was measured.
+
+    The rule gives launches of many rows to the divided kernel.
+
+    Args:
+        gemm: the GEMM.
+        tokens, top_k: of the call.
+        arch: compute capability times ten.
+        tuned: what was measured, if anything.
+        divides: whether the divided kernel may run.
+    """
+    rule, divided, many = config_for_arch(gemm, tokens, top_k, arch), None, False
+    if divides:
+        from mxmoe.backends.triton import hopper  # as above
+
+        divided, many = hopper.config_for(gemm), mean_rows(gemm, tokens, top_k) >= hopper.ENOUGH_ROWS
+    unmeasured = divided if divided is not None and many else rule
+    if tuned is None or (unmeasured is divided and DIVIDED not in tuned.kernels):
+        return unmeasured
+    return tuned_config(tuned, gemm, tokens, top_k, rule, divided) or unmeasured
 
 
 def config_for_arch(gemm: Gemm, tokens: int, top_k: int, arch: int) -> Config:

@@ -2,7 +2,8 @@
 Times of grouped launches on the present GPU: workloads, random weights, compiling in many processes, and the clock.
 
 A launch is timed over copies of its weights, or over relabelled experts, such that it finds none of them in the cache:
-one CUDA graph of all of them, replayed; the median counts. While one process measures, others compile what comes next.
+one CUDA graph of all of them, replayed; the median counts. A launch that reads the tokens sorted by expert is charged
+with what it takes longer to write them so than by token. While one process measures, others compile what comes next.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -24,8 +25,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from mxmoe.backends.triton import hopper
 from mxmoe.backends.triton.dispatch import Dispatch, Tables
-from mxmoe.backends.triton.launch import Epilogue, Matrices, Rows, make_rows, run_gemm
+from mxmoe.backends.triton.launch import (
+    FUSED_TOKENS,
+    Epilogue,
+    Matrices,
+    Rows,
+    begin,
+    make_rows,
+    reads_sorted,
+    run_gemm,
+    sort_rows,
+)
 from mxmoe.backends.triton.layout import Arena, allocate_arena, meta_bytes
 from mxmoe.backends.triton.schedule import allocate, build
 from mxmoe.backends.triton.tiles import Config, Gemm, classes_of
@@ -159,11 +171,25 @@ def compile_group(jobs: Sequence[Job]) -> str:
         if torch.cuda.is_available():
             for job in jobs:
                 _scheduled(_dispatch(job), routing(job.workload.experts, job.workload.top_k, job.tokens), "cuda")
+                _compile_rows(job)
         one = jobs[0]
         compile_launch(one.workload.gemm(one.plan), parse_config(one.config), one.tokens, one.workload.top_k)
     except Exception as error:  # the file says what broke, and the sweep goes on
         return _said(error)
     return ""
+
+
+def _compile_rows(job: Job) -> None:
+    """Make rows for a few tokens by the kernels that make those of the job."""
+    one, gemm, config = job.workload, job.workload.gemm(job.plan), parse_config(job.config)
+    tokens = min(job.tokens, FUSED_TOKENS + 16)
+    dispatch = Dispatch(one.experts, one.top_k, tokens, (classes_of(gemm, config)[0],))
+    x = torch.zeros((tokens if one.gated else dispatch.rows, one.k), dtype=torch.bfloat16, device="cuda")
+    make_rows(x, gemm.row_kinds)
+    if one.gated and reads_sorted(config):
+        index = torch.from_numpy(routing(one.experts, one.top_k, tokens)).cuda()
+        for is_sorted in (True, False):
+            begin(allocate(dispatch, "cuda"), index, x, gemm.row_kinds, is_sorted=is_sorted)
 
 
 def compile_launch(gemm: Gemm, config: Config, tokens: int, top_k: int) -> None:
@@ -176,7 +202,8 @@ def compile_launch(gemm: Gemm, config: Config, tokens: int, top_k: int) -> None:
     dispatch = Dispatch(len(gemm.schemes), top_k, tokens, (classes_of(gemm, config)[0],))
     out = _outputs(gemm, config, dispatch, torch.device("cpu"))
     matrices, tables = Matrices(gemm, arena, None), allocate(dispatch, "cpu")
-    run_gemm(matrices, config, rows, tables, 0, out, _epilogue(gemm), gather=gemm.gated, compile_only=True)
+    gather = gemm.gated and not reads_sorted(config)
+    run_gemm(matrices, config, rows, tables, 0, out, _epilogue(gemm), gather=gather, compile_only=True)
 
 
 def _dispatch(job: Job) -> Dispatch:
@@ -214,10 +241,12 @@ class Clock:
     kept: dict[tuple[Gemm, int], Arena] = field(default_factory=dict)
     seen: dict[tuple[Workload, int, str], Tensor] = field(default_factory=dict)
     """Some rows of the first result of a launch, which those of other configs must equal."""
+    sorting: dict[tuple[Workload, int, str], float] = field(default_factory=dict)
+    """Microseconds that sorted rows cost beyond rows by token."""
 
     def time_us(self, job: Job) -> float:
         """
-        Median microseconds of one launch.
+        Median microseconds of one launch, rows as it reads them made before; see `_sorting_us` for sorted ones.
 
         Raises:
             WrongTiles: its result is not that of the first config that was measured.
@@ -228,17 +257,33 @@ class Clock:
         turns = turns_of(job)
         tokens = job.tokens if gemm.gated else dispatch.rows
         x = torch.empty((tokens, gemm.k), dtype=torch.bfloat16, device=self.device).normal_()
-        rows = make_rows(x, gemm.row_kinds)
+        is_spread = gemm.gated and reads_sorted(config)
+        rows = None if is_spread else make_rows(x, gemm.row_kinds)
         out = _outputs(gemm, config, dispatch, self.device)
         arenas = [self._arena(gemm, copy) for copy in range(1 + max(copy for copy, _ in turns))]
         calls: list[Callable[[], object]] = []
         for copy, ids in turns:
             tables, matrices = _scheduled(dispatch, ids, self.device), Matrices(gemm, arenas[copy], None)
-            run = partial(run_gemm, matrices, config, rows, tables, 0, out, _epilogue(gemm), gather=gemm.gated)
-            calls.append(run)
+            read = sort_rows(tables, x, gemm.row_kinds) if rows is None else rows
+            gather = gemm.gated and not is_spread
+            calls.append(partial(run_gemm, matrices, config, read, tables, 0, out, _epilogue(gemm), gather=gather))
         us = graph_us(calls)
         self._check(job, out)
-        return us
+        return us + self._sorting_us(job, x) if is_spread else us
+
+    def _sorting_us(self, job: Job, x: Tensor) -> float:
+        """Microseconds that a call takes longer from its routing to sorted rows than to rows by token."""
+        key = (job.workload, job.tokens, job.plan)
+        if key not in self.sorting:
+            one, kinds = job.workload, job.workload.gemm(job.plan).row_kinds
+            index = torch.from_numpy(routing(one.experts, one.top_k, job.tokens)).to(self.device)
+            tables = allocate(_dispatch(job), self.device)
+            by_token, by_expert = (
+                graph_us([partial(begin, tables, index, x, kinds, is_sorted=is_sorted)] * 4, budget_ms=5.0)
+                for is_sorted in (False, True)
+            )
+            self.sorting[key] = max(0.0, by_expert - by_token)
+        return self.sorting[key]
 
     def _check(self, job: Job, out: Tensor) -> None:
         picked = torch.linspace(0, out.shape[1] - 1, min(16, out.shape[1]), device=out.device).long()
@@ -257,6 +302,11 @@ class Clock:
             found = random_arena(gemm, self.device)
         self.kept[gemm, copy] = found
         return self.kept[gemm, copy]
+
+
+def gpu_divides() -> bool:
+    """Say whether the present GPU runs the divided kernels."""
+    return torch.cuda.is_available() and hopper.runs_on(torch.device("cuda", torch.cuda.current_device()))
 
 
 def graph_us(calls: Sequence[Callable[[], object]], *, budget_ms: float = 25.0, most: int = 11) -> float:
@@ -289,6 +339,17 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return [row for row in csv.DictReader(file) if row["status"]]
+
+
+def add_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
+    """Add rows to a file of measurements, but those of launches that it has."""
+    known = {tuple(row[name] for name in FIELDS[:8]) for row in read_rows(path)}
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer: csv.DictWriter[str] = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(row for row in rows if tuple(row[name] for name in FIELDS[:8]) not in known)
 
 
 def sweep(jobs: Sequence[Job], path: Path, *, seconds: float, workers: int, title: str) -> list[dict[str, str]]:

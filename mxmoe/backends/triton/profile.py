@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mxmoe.backends.triton import hopper
-from mxmoe.backends.triton.choose import by_rule, mean_rows
-from mxmoe.backends.triton.measure import Job, Workload, read_rows, rows_of, sweep
+from mxmoe.backends.triton.choose_ada import choose
+from mxmoe.backends.triton.measure import Job, Workload, gpu_divides, read_rows, rows_of, sweep
 from mxmoe.backends.triton.tiles import DIVIDED_WARPS, Config, Gemm
 from mxmoe.backends.triton.tune import TOKENS, WORKLOADS
-from mxmoe.backends.triton.tuned import Tuned, for_device, parse_config, spell_config, tuned_config
+from mxmoe.backends.triton.tuned import Tuned, for_device, parse_config, spell_config
 from mxmoe.files import write_whole
 from mxmoe.ir import Scheme
 
@@ -32,6 +31,8 @@ SCHEMES = (
 )
 POOL = (*("w4a8_g128_sym", "w8a8_sym", "w8a8_e4m3"), *("w4a16_g128_asym", "w3a16_g128_asym", "w2a16_g128_asym"))
 """Schemes of random mixes: what target triton-sm90 chooses from."""
+ARCH = 90
+"""Compute capability, times ten, whose rule chooses where nothing was measured."""
 MIXES = 5
 """Random mixes of each product and number of tokens; the last is of 4 and 8-bit weights with 8-bit activations."""
 
@@ -72,12 +73,11 @@ def profile_jobs(
 
 def chosen(gemm: Gemm, tokens: int, top_k: int, tuned: Tuned | None, *, divides: bool = False) -> Config:
     """Choose the config of a launch as `choose_ada.config_for` does: `divides` says whether `hopper.py` runs there."""
-    if divides and mean_rows(gemm, tokens, top_k) >= hopper.ENOUGH_ROWS:
-        divided = hopper.config_for(gemm)
-        if divided is not None:
-            return divided
-    rule = by_rule(gemm, tokens, top_k)
-    return rule if tuned is None else tuned_config(tuned, gemm, tokens, top_k, rule)
+    return choose(gemm, tokens, top_k, ARCH, tuned, divides=divides)
+
+
+def _is_divided(row: Mapping[str, str]) -> bool:
+    return parse_config(row["config"]).warps == DIVIDED_WARPS
 
 
 def gain_of_mixes(rows: Sequence[Mapping[str, str]], tuned: Tuned) -> float | None:
@@ -86,10 +86,11 @@ def gain_of_mixes(rows: Sequence[Mapping[str, str]], tuned: Tuned) -> float | No
         Job.of_row(dict(row)): float(row["time_us"]) for row in rows if row["status"] == "ok" and ":" in row["plan"]
     }
     ratios: list[float] = []
+    divides = any(map(_is_divided, rows))
     for job, us in times.items():
         gemm, top_k = job.workload.gemm(job.plan), job.workload.top_k
-        by = Job(job.workload, job.tokens, job.plan, spell_config(by_rule(gemm, job.tokens, top_k)))
-        own = spell_config(chosen(gemm, job.tokens, top_k, tuned))
+        by = replace(job, config=spell_config(chosen(gemm, job.tokens, top_k, None, divides=divides)))
+        own = spell_config(chosen(gemm, job.tokens, top_k, tuned, divides=divides))
         if job.config == own != by.config and by in times:
             ratios.append(times[by] / us)
     return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None
@@ -105,7 +106,7 @@ def launches(measured: Path, tiles: Path | None) -> list[tuple[int, int, dict[Sc
     """
     tuned = Tuned.loads(tiles.read_text()) if tiles else None
     rows_found = read_rows(measured)
-    divides = any(parse_config(row["config"]).warps == DIVIDED_WARPS for row in rows_found)
+    divides = any(map(_is_divided, rows_found))
     found: list[tuple[int, int, dict[Scheme, dict[int, int]], float]] = []
     for row in rows_found:
         job = Job.of_row(row)
@@ -142,8 +143,7 @@ def measure(
     many = workers or max(1, (os.cpu_count() or 2) - 1)
     found = Tuned.loads(tiles.read_text()) if tiles else for_device(torch.cuda.get_device_name())
     together = None if found is None else replace(found, mixes=True)
-    divides = hopper.runs_on(torch.device("cuda", torch.cuda.current_device()))
-    jobs = profile_jobs(together, workloads, tokens, schemes, divides=divides)
+    jobs = profile_jobs(together, workloads, tokens, schemes, divides=gpu_divides())
     rows = sweep(jobs, measured, seconds=seconds, workers=many, title="launches")
     text = f"{len(rows)} launches in {measured}"
     gain = None if together is None else gain_of_mixes(rows, together)

@@ -15,11 +15,22 @@ from pathlib import Path
 import torch
 import triton
 
+from mxmoe.backends.triton import hopper
 from mxmoe.backends.triton.choose import FEW, SOME, by_rule, mean_rows
 from mxmoe.backends.triton.layout import body_of
-from mxmoe.backends.triton.measure import Job, Workload, sweep
+from mxmoe.backends.triton.measure import FIELDS, Job, Workload, add_rows, gpu_divides, sweep
 from mxmoe.backends.triton.tiles import HEIGHTS, WIDTHS, Config, Gemm, Shape
-from mxmoe.backends.triton.tuned import Entry, Run, Tuned, kernel_hash, parse_config, spell_config
+from mxmoe.backends.triton.tuned import (
+    WHOLE,
+    Entry,
+    Run,
+    Tuned,
+    current_hashes,
+    kind_of,
+    parse_config,
+    run_of,
+    spell_config,
+)
 from mxmoe.files import write_whole
 from mxmoe.ir import Scheme
 
@@ -43,9 +54,13 @@ MOST_SUMS = 128 * 256
 ROUNDS = (0.6, 0.15, 0.25)
 """Shares of the time: changes of one number, changes together, sets of schemes."""
 SLOWEST = 1.5
-"""Entries that take longer than so many times the fastest of their class are left out."""
+"""Entries that take longer than so many times the fastest of their class and kind of kernel are left out."""
+LEAST_TALL = 0.5
+"""What part of a mean expert's rows the divided kernel's tallest tile has at least, where there is one as tall."""
 
 Change = tuple[str, object]
+Bound = tuple[int, int | None]
+"""Warps and most registers of a launch."""
 
 
 def changes(gemm: Gemm, rule: Config, rows: float) -> Iterator[Config]:
@@ -56,7 +71,7 @@ def changes(gemm: Gemm, rule: Config, rows: float) -> Iterator[Config]:
         FEW: ((16,), (16, 32)),
         SOME: ((16, 32), (16, 32, 64), (32,)),
     }.get(FEW if rows <= FEW else SOME if rows <= SOME else 0.0, ((32, 64, 128), (32, 64), (16, 32, 64)))
-    yield from (replace(rule, warps=warps, registers=bound) for warps, bound in runs_of(rows))
+    yield from (replace(rule, warps=warps, registers=bound) for warps, bound in bounds_of(rows))
     shapes: list[Shape] = [replace(shape, heights=tall) for tall in heights]
     shapes += [replace(shape, width=wide) for wide in (shape.width * 2, shape.width // 2) if wide in WIDTHS]
     most = 2 if scheme.weight_bits == 3 else 6
@@ -70,21 +85,39 @@ def changes(gemm: Gemm, rule: Config, rows: float) -> Iterator[Config]:
             yield replace(rule, shapes=((name, one),))
 
 
-def runs_of(rows: float) -> tuple[Run, ...]:
+def divided_configs(gemm: Gemm, rows: float) -> tuple[Config, ...]:
+    """Configs of the divided kernel worth measuring for so many rows of a mean active expert."""
+
+    def suits(config: Config) -> bool:
+        heights = [height for _, shape in config.shapes for height in shape.heights]
+        wanted = LEAST_TALL * min(rows, max(hopper.HEIGHTS))
+        return min(heights) <= max(rows, min(hopper.HEIGHTS)) and max(heights) >= wanted
+
+    return tuple(config for config in hopper.candidates(gemm) if suits(config))
+
+
+def bounds_of(rows: float) -> tuple[Bound, ...]:
     """Warps and bounds of registers worth trying for so many rows of a mean active expert."""
     if rows <= FEW:
         return ((4, None), (4, 96), (8, None))
     return ((4, 128), (8, None), (4, 168), (8, 128), (4, None)) if rows <= SOME else ((8, None), (4, None), (8, 128))
 
 
-def first_jobs(workloads: Sequence[Workload], tokens: Sequence[int], schemes: Sequence[str]) -> list[Job]:
-    """The rule's configs of everything, then one change of everything, and so on: what is cut off is cut off evenly."""
+def first_jobs(
+    workloads: Sequence[Workload], tokens: Sequence[int], schemes: Sequence[str], *, divides: bool = False
+) -> list[Job]:
+    """
+    The rule's configs of everything, then one change of everything, and so on: what is cut off is cut off evenly.
+
+    Where the GPU `divides`, the configs of the divided kernel come before the changes.
+    """
     columns: list[list[Job]] = []
     for scheme, one, count in itertools.product(schemes, workloads, tokens):
         gemm = one.gemm(scheme)
-        rule = by_rule(gemm, count, one.top_k)
+        rule, rows = by_rule(gemm, count, one.top_k), mean_rows(gemm, count, one.top_k)
+        divided = divided_configs(gemm, rows) if divides else ()
         # one token is compiled for by itself; the rule must do
-        more = changes(gemm, rule, mean_rows(gemm, count, one.top_k)) if count > 1 else ()
+        more = (*divided, *(changes(gemm, rule, rows) if count > 1 else ()))
         columns.append([Job(one, count, scheme, spell_config(config)) for config in dict.fromkeys((rule, *more))])
     deep = itertools.zip_longest(*columns)
     return [job for row in deep for job in row if job is not None]
@@ -98,7 +131,8 @@ def second_jobs(rows: Sequence[Mapping[str, str]]) -> list[Job]:
         before = times.get(rule)
         if before is None or ":" in scheme:
             continue
-        helped = sorted((time, spell_config(config)) for config, time in times.items() if time < 0.995 * before)
+        own = {config: time for config, time in times.items() if kind_of(config) == WHOLE}
+        helped = sorted((time, spell_config(config)) for config, time in own.items() if time < 0.995 * before)
         best: dict[str, object] = {}
         for _, text in helped:
             for field, value in _differences(rule, parse_config(text)):
@@ -111,16 +145,22 @@ def second_jobs(rows: Sequence[Mapping[str, str]]) -> list[Job]:
 
 
 def set_jobs(
-    rows: Sequence[Mapping[str, str]], workloads: Sequence[Workload], tokens: Sequence[int], sets: Sequence[str]
-) -> list[Job]:
-    """For every set of schemes, what each scheme was fastest with under warps and registers that all share."""
+    rows: Sequence[Mapping[str, str]], workloads: Sequence[Workload], tokens: Sequence[int], sets: Sequence[str],
+    *, divides: bool = False,
+) -> list[Job]:  # fmt: skip
+    """
+    For every set of schemes, what each scheme was fastest with under warps and registers that all share.
+
+    Where the GPU `divides`, configs of the divided kernel besides.
+    """
     times, found = _by_class(rows), list[Job]()
     for names, one, count in itertools.product(sets, workloads, tokens):
         plan = f"{SET_SEED}:{names}"
         gemm = one.gemm(plan)
         rule = by_rule(gemm, count, one.top_k)
-        configs = [rule]
-        for run in runs_of(mean_rows(gemm, count, one.top_k)):
+        mean = mean_rows(gemm, count, one.top_k)
+        configs = [rule, *(divided_configs(gemm, mean) if divides else ())]
+        for run in bounds_of(mean):
             options = [_shapes_with(times.get((one, count, name), {}), gemm, shape, run) for name, shape in rule.shapes]
             for shapes in itertools.product(*options):
                 pairs = tuple((name, shape) for (name, _), shape in zip(rule.shapes, shapes, strict=True))
@@ -129,7 +169,7 @@ def set_jobs(
     return found
 
 
-def _shapes_with(times: Mapping[Config, float], gemm: Gemm, own: Shape, run: Run) -> list[Shape]:
+def _shapes_with(times: Mapping[Config, float], gemm: Gemm, own: Shape, run: Bound) -> list[Shape]:
     """Tiles of one scheme under a run: its fastest, and the rule's, made smaller where registers are few."""
     sums = max(own.heights) * own.width * (1 + gemm.gated)
     small = own
@@ -169,8 +209,9 @@ def _by_class(rows: Sequence[Mapping[str, str]]) -> dict[tuple[Workload, int, st
 
 
 def make_tuned(rows: Sequence[Mapping[str, str]], device: str, mixes: bool = False) -> Tuned:
-    """Keep the fastest config of every class, schemes, warps and registers, where the rule's was measured too."""
+    """Keep the fastest config of every class, schemes and `Run`, where the rule's was measured too."""
     entries: list[Entry] = []
+    kinds = sorted({WHOLE, *(kind_of(parse_config(row["config"])) for row in rows)})
     for (one, count, plan), times in _by_class(rows).items():
         gemm, scheme = one.gemm(plan), plan.rpartition(":")[2]
         before = times.get(by_rule(gemm, count, one.top_k))
@@ -180,16 +221,32 @@ def make_tuned(rows: Sequence[Mapping[str, str]], device: str, mixes: bool = Fal
         active = min(one.experts, count * one.top_k)
         by_run: dict[Run, Config] = {}
         for config in sorted(times, key=times.__getitem__):
-            by_run.setdefault((config.warps, config.registers), config)
-        least = min(times.values())
-        for config in (config for config in by_run.values() if times[config] <= SLOWEST * least):
+            by_run.setdefault(run_of(config), config)
+        least = {kind: min((t for c, t in times.items() if kind_of(c) == kind), default=0.0) for kind in kinds}
+        for config in (config for config in by_run.values() if times[config] <= SLOWEST * least[kind_of(config)]):
             entries.append(Entry(one.n, one.k, one.gated, mean, active, scheme, config, times[config], before))
     entries.sort(key=lambda one: (one.scheme, not one.gated, one.n, one.k, one.rows, one.active, one.time_us))
-    return Tuned(device, triton.__version__, kernel_hash(), tuple(entries), mixes)
+    hashes = {kind: current_hashes()[kind] for kind in kinds}
+    return Tuned(device, triton.__version__, hashes, tuple(entries), mixes)
+
+
+def known_rows(
+    tuned: Tuned, workloads: Sequence[Workload], tokens: Sequence[int]
+) -> Iterator[Mapping[str, str]]:  # fmt: skip
+    """Yield the measurements that entries stand for, but those of the rule, to which all others are compared."""
+    for one, count, entry in itertools.product(workloads, tokens, tuned.entries):
+        plan = f"{SET_SEED}:{entry.scheme}" if "+" in entry.scheme else entry.scheme
+        if (one.n, one.k, one.gated) != (entry.n, entry.k, entry.gated):
+            continue
+        gemm = one.gemm(plan)
+        mean = (round(mean_rows(gemm, count, one.top_k), 3), min(one.experts, count * one.top_k))
+        if mean == (entry.rows, entry.active) and entry.config != by_rule(gemm, count, one.top_k):
+            key = Job(one, count, plan, spell_config(entry.config)).key
+            yield {**dict(zip(FIELDS, key, strict=False)), "time_us": f"{entry.time_us:.3f}", "status": "ok"}
 
 
 def tune(
-    out: Path, measured: Path, *, seconds: float, workers: int | None = None,
+    out: Path, measured: Path, *, seconds: float, workers: int | None = None, known: Path | None = None,
     workloads: Sequence[Workload] = WORKLOADS, tokens: Sequence[int] = TOKENS, schemes: Sequence[str] = SCHEMES,
 ) -> Tuned:  # fmt: skip
     """
@@ -200,15 +257,20 @@ def tune(
         measured: every measurement, as CSV; those in it already are not made again.
         seconds: start no measurement later.
         workers: processes that compile; by default as many as there are cores, but one.
+        known: such a JSON, whose entries of kernels that are as they were need not be measured again.
         workloads, tokens, schemes: the classes.
     """
     many = workers or max(1, (os.cpu_count() or 2) - 1)
     for name in schemes:
         Scheme.parse(name)
-    jobs = first_jobs(workloads, tokens, schemes)
+    if known is not None:
+        add_rows(measured, known_rows(Tuned.loads(known.read_text()).current(), workloads, tokens))
+    divides = gpu_divides()
+    jobs = first_jobs(workloads, tokens, schemes, divides=divides)
     rows = sweep(jobs, measured, seconds=ROUNDS[0] * seconds, workers=many, title="tiles")
     rows = sweep(second_jobs(rows), measured, seconds=ROUNDS[1] * seconds, workers=many, title="tiles together")
-    jobs = set_jobs(rows, workloads, tokens, [names for names in SETS if set(names.split("+")) <= set(schemes)])
+    sets = [names for names in SETS if set(names.split("+")) <= set(schemes)]
+    jobs = set_jobs(rows, workloads, tokens, sets, divides=divides)
     rows = sweep(jobs, measured, seconds=ROUNDS[2] * seconds, workers=many, title="sets")
     found = make_tuned(rows, torch.cuda.get_device_name())
     write_whole(out, found.dumps())

@@ -1,9 +1,9 @@
 """
 Tiles that were measured, by device, shape class and scheme: JSON files beside this one, one for each kind of GPU.
 
-A file holds for the versions of Triton and of the kernels that it was measured with, and is left alone with any other.
-A shape class is (n, k, gated, rows of a mean active expert); the nearest measured one serves within `NEAR`. What has
-none is cut by rule, and one line says so.
+A file holds for the versions of Triton and of the kernels that it was measured with; of kernels that have changed its
+entries are left alone. A shape class is (n, k, gated, rows of a mean active expert); the nearest measured one serves
+within `NEAR`. What has none is cut by rule, and one line says so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,14 +22,21 @@ from typing import Any
 import torch
 import triton
 
-from mxmoe.backends.triton.tiles import Config, Gemm, Shape
+from mxmoe.backends.triton.tiles import DIVIDED_WARPS, Config, Gemm, Shape
 from mxmoe.errors import BadTiles
 from mxmoe.ir import Scheme
 
 DATA = Path(__file__).parent / "tuned"
 """Folder of shipped files, `<kind of GPU>.json`."""
-KERNELS = ("bodies", "decode", "kernels", "schedule")
-"""Modules whose functions become machine code of a launch."""
+WHOLE, DIVIDED = "whole", "divided"
+KERNELS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    WHOLE: ("group_gemm", ("bodies", "decode", "kernels", "schedule")),
+    DIVIDED: (
+        "divided_gemm",
+        ("kernels", "kernels_hopper", "kernels_hopper_dense", "kernels_hopper_nibbles", "kernels_hopper_ring"),
+    ),
+}
+"""Kind of kernel -> its function, and the modules whose functions become its machine code."""
 NEAR = (1.0, 1.0, 1.0, 2.0)
 """How far off a measured class may be, in powers of two: n, k, rows of a mean active expert, active experts."""
 _LOG = logging.getLogger("mxmoe")
@@ -68,15 +75,23 @@ def _pairs(head: str) -> list[tuple[str, str]]:
     return [(head[at], head[at + 1 : end]) for at, end in zip(starts, [*starts[1:], len(head)], strict=True)]
 
 
-Run = tuple[int, int | None]
-"""Warps and most registers of a launch."""
-WARPS = (4, 8)
-"""Of launches that are tuned; a rule that asks for another number means another kernel."""
+Run = tuple[int, int | None, tuple[int, ...]]
+"""What all schemes of a launch share: warps, most registers, and of the divided kernel the heights of its tiles."""
+
+
+def kind_of(config: Config) -> str:
+    """Name the kernel that runs a config: one of `KERNELS`."""
+    return DIVIDED if config.warps == DIVIDED_WARPS else WHOLE
+
+
+def run_of(config: Config) -> Run:
+    """Give what the schemes of a launch with this config share."""
+    return config.warps, config.registers, config.shapes[0][1].heights if kind_of(config) == DIVIDED else ()
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The best config measured for one shape class, schemes, number of warps and bound of registers."""
+    """The best config measured for one shape class, schemes, and what the schemes of a launch share."""
 
     n: int
     k: int
@@ -95,7 +110,7 @@ class Entry:
     @property
     def run(self) -> Run:
         """What all schemes of a launch share."""
-        return self.config.warps, self.config.registers
+        return run_of(self.config)
 
     def distance(self, n: int, k: int, rows: float, active: float) -> float:
         """How far another class is, in powers of two; inf if too far."""
@@ -123,19 +138,33 @@ class Tuned:
     device: str
     """As CUDA names it."""
     triton: str
-    kernels: str
+    kernels: Mapping[str, str]
+    """Kind of kernel that was measured -> its hash."""
     entries: tuple[Entry, ...]
     mixes: bool = False
     """Whether mixed launches were faster with entries put together than by rule."""
 
-    @property
-    def is_current(self) -> bool:
-        """Whether it was measured with the kernels and the Triton that run here."""
-        return (self.triton, self.kernels) == (triton.__version__, kernel_hash())
+    def current(self) -> Tuned:
+        """Keep what was measured with the kernels and the Triton that run here."""
+        is_mine = self.triton == triton.__version__
+        kinds = {kind: found for kind, found in self.kernels.items() if is_mine and found == current_hashes().get(kind)}
+        entries = tuple(one for one in self.entries if kind_of(one.config) in kinds)
+        return replace(self, kernels=kinds, entries=entries)
 
-    def find(self, gemm: Gemm, scheme: str, rows: float, active: float) -> dict[Run, Entry]:
-        """Entries of a scheme, or of several joined by +, in the nearest class that has any, by what they share."""
-        mine = self._by_scheme.get((scheme, gemm.gated), ())
+    def find(
+        self, gemm: Gemm, scheme: str, rows: float, active: float, kinds: Collection[str] = (WHOLE,)
+    ) -> dict[Run, Entry]:
+        """
+        Find the entries of a class, by what they share: of the nearest that has any.
+
+        Args:
+            gemm: its sizes.
+            scheme: one, or several joined by +.
+            rows: of a mean active expert.
+            active: experts that have rows.
+            kinds: of kernels, whose entries count.
+        """
+        mine = [one for one in self._by_scheme.get((scheme, gemm.gated), ()) if kind_of(one.config) in kinds]
         far = [(one.distance(gemm.n, gemm.k, rows, active), one) for one in mine]
         least = min((distance for distance, _ in far), default=math.inf)
         if math.isinf(least):
@@ -148,9 +177,10 @@ class Tuned:
 
     def dumps(self) -> str:
         """Write as JSON, an entry a line."""
-        head = {"device": self.device, "triton": self.triton, "kernels": self.kernels, "mixes": self.mixes}
+        head = {"device": self.device, "triton": self.triton, "kernels": dict(self.kernels), "mixes": self.mixes}
         lines = ",\n  ".join(json.dumps(one.to_json()) for one in self.entries)
-        return json.dumps(head)[:-1].replace(", ", ",\n ") + f',\n "entries": [\n  {lines}\n ]\n}}\n'
+        first = ",\n ".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items())
+        return f'{{{first},\n "entries": [\n  {lines}\n ]\n}}\n'
 
     @classmethod
     def loads(cls, text: str) -> Tuned:
@@ -169,26 +199,42 @@ def _index(tuned: Tuned) -> dict[tuple[str, bool], tuple[Entry, ...]]:
 
 
 @lru_cache(maxsize=1)
-def kernel_hash() -> str:
-    """Hash of the functions that a group GEMM is compiled from; comments, docstrings and annotations do not count."""
-    known: dict[str, ast.FunctionDef] = {}
-    for name in KERNELS:
-        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
-        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
-        known |= {node.name: node for node in functions}
-    return hash_functions(known, "group_gemm")
+def current_hashes() -> Mapping[str, str]:
+    """Hash what each kind of kernel is compiled from, as it is now."""
+    folder = Path(__file__).parent
+    return {
+        kind: hash_functions([(folder / f"{name}.py").read_text() for name in modules], root)
+        for kind, (root, modules) in KERNELS.items()
+    }
 
 
-def hash_functions(known: Mapping[str, ast.FunctionDef], root: str) -> str:
-    """Hash a function and all that it names, directly or not, among the known ones."""
+def hash_functions(modules: Sequence[str], root: str) -> str:
+    """
+    Hash a kernel and all that it names, directly or not, among functions and constants of some modules' texts.
+
+    Comments, docstrings and annotations do not count. What bears one name in two modules counts as one.
+    """
+    known: dict[str, list[ast.stmt]] = {root: []}
+    for node in (node for text in modules for node in ast.parse(text).body):
+        for name in _named(node):
+            known.setdefault(name, []).append(node)
+    assert known[root], f"no function {root}"
     found: dict[str, str] = {}
     left = [root]
     while left:
         name = left.pop()
         if name in known and name not in found:
-            found[name] = ast.dump(_Bare().visit(known[name]))
-            left += [node.id for node in ast.walk(known[name]) if isinstance(node, ast.Name)]
+            found[name] = "".join(ast.dump(_Bare().visit(node)) for node in known[name])
+            left += [one.id for node in known[name] for one in ast.walk(node) if isinstance(one, ast.Name)]
     return hashlib.sha256("".join(found[name] for name in sorted(found)).encode()).hexdigest()[:16]
+
+
+def _named(node: ast.stmt) -> Sequence[str]:
+    """Names that a statement of a module gives to a function that is compiled, or to constants."""
+    if isinstance(node, ast.FunctionDef):
+        return (node.name,) if node.decorator_list else ()
+    targets = node.targets if isinstance(node, ast.Assign) else ()
+    return [one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)]
 
 
 class _Bare(ast.NodeTransformer):
@@ -209,37 +255,52 @@ class _Bare(ast.NodeTransformer):
 
 @lru_cache(maxsize=8)
 def for_device(name: str, folder: Path = DATA) -> Tuned | None:
-    """Find the file of a device, as CUDA names it; that of other kernels or Triton is not used, in one line."""
+    """Find the file of a device, as CUDA names it; what is of other kernels or Triton is not used, in one line."""
     for path in sorted(folder.glob("*.json")):
         found = Tuned.loads(path.read_text())
         if found.device != name:
             continue
-        if found.is_current:
-            return found
-        _LOG.warning(
-            "tiles tuned for %s with triton %s and kernels %s are not used with triton %s and kernels %s; "
-            "`mxmoe bench` measures anew",
-            *(name, found.triton, found.kernels, triton.__version__, kernel_hash()),
-        )
+        usable = found.current()
+        stale = {kind: made for kind, made in found.kernels.items() if kind not in usable.kernels}
+        if stale:
+            now = {kind: current_hashes().get(kind) for kind in stale}
+            _LOG.warning(
+                "tiles tuned for %s with triton %s and kernels %s are not used with triton %s and kernels %s; "
+                "`mxmoe bench` measures anew",
+                *(name, found.triton, _spell(stale), triton.__version__, _spell(now)),
+            )
+        if usable.kernels:
+            return usable
     return None
 
 
+def _spell(hashes: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{kind} {found}" for kind, found in hashes.items())
+
+
 @lru_cache(maxsize=4096)
-def tuned_config(tuned: Tuned, gemm: Gemm, tokens: int, top_k: int, rule: Config) -> Config:
+def tuned_config(
+    tuned: Tuned, gemm: Gemm, tokens: int, top_k: int, rule: Config, divided: Config | None = None
+) -> Config | None:
     """
-    Choose the measured config of a launch, or the rule's where nothing near was measured.
+    Choose the measured config of a launch, or None where nothing near was measured.
 
     A launch of several schemes takes the config that was measured for just these. Where there is none, each scheme
-    keeps the tiles that were its fastest with the warps and registers with which the experts take the least time
-    together, and k has as many parts as by rule.
+    keeps the tiles that were its fastest with the `Run` with which the experts take the least time together.
+
+    Args:
+        tuned: what was measured.
+        gemm: the GEMM.
+        tokens, top_k: of the call.
+        rule: the rule's config of the whole kernel; k has as many parts in a launch of several schemes.
+        divided: a config of the divided kernel, None where it does not compute the launch.
     """
-    if rule.warps not in WARPS:
-        return rule
     assignments = max(1, tokens * top_k)
     active = min(len(gemm.schemes), assignments)
+    kinds = (WHOLE,) if divided is None else (WHOLE, DIVIDED)
 
     def near(scheme: str) -> Mapping[Run, Entry]:
-        return tuned.find(gemm, scheme, assignments / active, active)
+        return tuned.find(gemm, scheme, assignments / active, active, kinds)
 
     exact = near("+".join(map(str, gemm.distinct)))
     if exact:
@@ -247,20 +308,24 @@ def tuned_config(tuned: Tuned, gemm: Gemm, tokens: int, top_k: int, rule: Config
     found = {scheme: near(str(scheme)) for scheme in gemm.distinct}
     if not all(found.values()):
         _say_unlisted(gemm.n, gemm.k, gemm.gated, " ".join(map(str, gemm.distinct)), tuned.device)
-        return rule
-    return _together(gemm, found, rule) if tuned.mixes else rule
+        return None
+    return _together(gemm, found, rule, divided) if tuned.mixes else None
 
 
-def _together(gemm: Gemm, found: Mapping[Scheme, Mapping[Run, Entry]], rule: Config) -> Config:
+def _together(
+    gemm: Gemm, found: Mapping[Scheme, Mapping[Run, Entry]], rule: Config, divided: Config | None
+) -> Config | None:
     common = set.intersection(*(set(by_run) for by_run in found.values()))
     if not common:
-        return rule
+        return None
     share = {scheme: gemm.schemes.count(scheme) for scheme in found}
 
     def total(run: Run) -> tuple[float, str]:
         return sum(share[scheme] * by_run[run].time_us for scheme, by_run in found.items()), str(run)
 
     run = min(common, key=total)
+    if divided is not None and run[0] == divided.warps:
+        return replace(divided, shapes=tuple((str(one), by[run].config.shape(one)) for one, by in found.items()))
     shapes = tuple(
         (str(scheme), replace(by_run[run].config.shape(scheme), parts=rule.shape(scheme).parts))
         for scheme, by_run in found.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,8 +18,17 @@ from mxmoe.backends.triton import measure, tune, tuned
 from mxmoe.backends.triton.choose import by_rule, mean_rows
 from mxmoe.backends.triton.measure import Job, Workload, random_arena, routing, rows_of, schemes_of, sweep, turns_of
 from mxmoe.backends.triton.profile import gain_of_mixes, launches, mixed_plan, profile_jobs
-from mxmoe.backends.triton.tiles import HEIGHTS, WIDTHS, Config, Gemm, Shape
-from mxmoe.backends.triton.tuned import Entry, Tuned, for_device, hash_functions, kernel_hash, tuned_config
+from mxmoe.backends.triton.tiles import DIVIDED_WARPS, HEIGHTS, WIDTHS, Config, Gemm, Shape
+from mxmoe.backends.triton.tuned import (
+    DIVIDED,
+    WHOLE,
+    Entry,
+    Tuned,
+    current_hashes,
+    for_device,
+    hash_functions,
+    tuned_config,
+)
 from mxmoe.errors import BadTiles
 from mxmoe.ir import Scheme
 
@@ -32,16 +40,21 @@ def config_of(text: str) -> Config:
     return tuned.parse_config(text)
 
 
+TALL, LOW = "w12g8p1 w8a8_sym=16,32,64,128x256k128s4", "w12g8p1 w8a8_sym=16x256k128s4"
+
+
 def entry(text: str, us: float, **other: object) -> Entry:
     config = config_of(text)
     fields = {"n": 2048, "k": 1408, "gated": False, "rows": 4.0, "active": 60, "rule_us": 30.0}
     return Entry(**(fields | {"scheme": config.shapes[0][0], "config": config, "time_us": us} | other))
 
 
-def file_of(*entries: Entry, kernels: str | None = None, triton: str | None = None, mixes: bool = True) -> Tuned:
+def file_of(
+    *entries: Entry, kernels: dict[str, str] | None = None, triton: str | None = None, mixes: bool = True
+) -> Tuned:
     import triton as installed
 
-    return Tuned("A GPU", triton or installed.__version__, kernels or kernel_hash(), entries, mixes)
+    return Tuned("A GPU", triton or installed.__version__, kernels or dict(current_hashes()), entries, mixes)
 
 
 def gemm_of(*names: str, n: int = 2048, k: int = 1408) -> Gemm:
@@ -55,7 +68,7 @@ SHAPES = st.builds(
 )
 CONFIGS = st.builds(
     Config,
-    st.sampled_from((4, 8)),
+    st.sampled_from((4, 8, 12)),
     st.dictionaries(st.sampled_from((W8, W4, "bf16")), SHAPES, min_size=1).map(lambda some: tuple(some.items())),
     *(st.integers(0, 4), st.sampled_from((1, 8)), st.none() | st.integers(32, 255)),
 )
@@ -77,6 +90,7 @@ def test_a_file_survives_its_text() -> None:
     made = file_of(entry("w4g2r96 w8a8_sym=16,32x128k128s4/2", 21.5), entry("w8g2 w8a8_sym=16x128k128s4", 25.0))
     again = Tuned.loads(made.dumps())
     assert (again.entries, again.device, again.mixes) == (made.entries, made.device, made.mixes)
+    assert again.kernels == made.kernels == current_hashes()
     assert made.dumps().count("\n") < 10, "an entry is a line"
 
 
@@ -97,8 +111,7 @@ def test_an_unlisted_shape_is_cut_by_rule_and_says_so_once(far: dict, caplog: py
     gemm = gemm_of(W8)
     with caplog.at_level(logging.WARNING, "mxmoe"):
         for tokens in (60, 61):
-            rule = by_rule(gemm, tokens, 4)
-            assert tuned_config(found, gemm, tokens, 4, rule) is rule
+            assert tuned_config(found, gemm, tokens, 4, by_rule(gemm, tokens, 4)) is None
     (line,) = caplog.messages
     assert "n=2048 k=1408" in line
     assert "a rule chooses" in line
@@ -110,9 +123,11 @@ def test_a_call_without_tokens_is_cut_like_one_with_one() -> None:
     assert tuned_config(file_of(one), gemm, 0, 4, by_rule(gemm, 0, 4)) == one.config
 
 
-@pytest.mark.parametrize("other", [{"kernels": "0123"}, {"triton": "1.0"}])
+@pytest.mark.parametrize(
+    ("other", "said"), [({"kernels": {WHOLE: "0123", DIVIDED: "4567"}}, "divided 4567"), ({"triton": "1.0"}, "1.0")]
+)
 def test_a_file_of_other_kernels_or_triton_is_left_alone_in_one_line(
-    other: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    other: dict, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "gpu.json").write_text(file_of(entry("w4g2 w8a8_sym=16x64k128s4", 20.0), **other).dumps())
     with caplog.at_level(logging.WARNING, "mxmoe"):
@@ -121,7 +136,25 @@ def test_a_file_of_other_kernels_or_triton_is_left_alone_in_one_line(
         assert for_device("Another", tmp_path) is None
     (line,) = caplog.messages
     assert "are not used" in line
-    assert next(iter(other.values())) in line
+    assert said in line
+
+
+@pytest.mark.parametrize("stale", [WHOLE, DIVIDED])
+def test_entries_of_kernels_that_have_not_changed_stay(
+    stale: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = {WHOLE: entry("w4g2 w8a8_sym=16x64k128s4", 20.0), DIVIDED: entry(TALL, 25.0)}
+    kernels = dict(current_hashes()) | {stale: "0123"}
+    (tmp_path / "gpu.json").write_text(file_of(*entries.values(), kernels=kernels).dumps())
+    with caplog.at_level(logging.WARNING, "mxmoe"):
+        found = for_device("A GPU", tmp_path)
+    (kept,) = {WHOLE, DIVIDED} - {stale}
+    assert found is not None
+    assert found.entries == (entries[kept],)
+    assert set(found.kernels) == {kept}
+    (line,) = caplog.messages
+    assert f"{stale} 0123 are not used" in line
+    assert current_hashes()[stale] in line
 
 
 def test_a_current_file_is_used_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -140,26 +173,32 @@ def test_shipped_files_can_be_read() -> None:
     for path in tuned.DATA.glob("*.json"):
         for one in Tuned.loads(path.read_text()).entries:
             assert "+".join(name for name, _ in one.config.shapes) == one.scheme
-            assert one.config.warps in tuned.WARPS
+            assert one.config.warps in (4, 8, DIVIDED_WARPS)
             assert one.time_us > 0
 
 
 CODE = """
+STEP, OTHER = 1, 5
+"What it adds."
+
 @jit
 def root(x: tl.tensor, N: tl.constexpr) -> None:
     "Says something."
-    leaf(x + 1, N)  # a comment
+    leaf(x + STEP, N)  # a comment
 
+# another module
 @jit
 def leaf(x, N: tl.constexpr):
+    return x
+
+@jit
+def third(x):
     return x
 """
 
 
 def hashed(text: str) -> str:
-    return hash_functions(
-        {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}, "root"
-    )
+    return hash_functions(text.split("# another module"), "root")
 
 
 @pytest.mark.parametrize(
@@ -168,10 +207,12 @@ def hashed(text: str) -> str:
         ("Says something.", "Says more.", True),
         ("  # a comment", "", True),
         ("x: tl.tensor", "x", True),
-        ("x + 1", "x + 2", False),
-        ("return x", "return -x", False),
+        ("x + STEP", "x + 2", False),
+        ("STEP, OTHER = 1", "STEP, OTHER = 2", False),
+        ("What it adds", "What is added", True),
+        ("tl.constexpr):\n    return x", "tl.constexpr):\n    return -x", False),
         ("(x, N: tl.constexpr):", "(x, N):", False),
-        ("return x", "return x\n\n@jit\ndef third(x):\n    return x", True),
+        ("def third(x):\n    return x", "def third(x):\n    return -x", True),
     ],
 )
 def test_the_hash_follows_what_is_compiled(before: str, after: str, same: bool) -> None:
@@ -196,9 +237,9 @@ def test_mixes_keep_their_tiles_and_share_a_run() -> None:
         W4: Shape.parse("32x64k128s3"),
     }
     assert {shape.parts for _, shape in found.shapes} == {parts}
-    assert tuned_config(file_of(*entries, mixes=False), gemm, 60, 4, rule) is rule
+    assert tuned_config(file_of(*entries, mixes=False), gemm, 60, 4, rule) is None
     # nothing in common
-    assert tuned_config(file_of(entries[0], entries[4]), gemm, 60, 4, rule) is rule
+    assert tuned_config(file_of(entries[0], entries[4]), gemm, 60, 4, rule) is None
 
 
 def test_a_set_that_was_measured_comes_first() -> None:
@@ -208,10 +249,10 @@ def test_a_set_that_was_measured_comes_first() -> None:
     assert tuned_config(file_of(*alone, both, mixes=False), gemm, 60, 4, by_rule(gemm, 60, 4)) == both.config
 
 
-def test_a_rule_for_another_kernel_stands() -> None:
-    gemm = gemm_of(W8)
-    rule = replace(by_rule(gemm, 60, 4), warps=12)
-    assert tuned_config(file_of(entry("w4g2 w8a8_sym=16x64k128s4", 20.0)), gemm, 60, 4, rule) is rule
+def test_the_kernel_names_what_is_hashed() -> None:
+    assert set(current_hashes()) == {WHOLE, DIVIDED}
+    with pytest.raises(AssertionError, match="no function another"):
+        hash_functions([CODE], "another")
 
 
 @given(
