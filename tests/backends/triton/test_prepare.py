@@ -10,7 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from mxmoe.backends.triton import launch
+from mxmoe.backends.triton import launch, prepare
+from mxmoe.backends.triton.ahead import Request, compile_all
 from mxmoe.backends.triton.dispatch import Dispatch, Tables, TileClass, Tiling
 from mxmoe.backends.triton.interpreter import mend_interpreter
 from mxmoe.backends.triton.launch import TURNS, begin, make_rows
@@ -116,6 +117,40 @@ def test_rows_are_written_where_they_lie_sorted(
         check_equal(found[:real], wanted[:real], f"codes of {kind}")
         if kind.format in ("int", "e4m3"):
             check_equal(scales[:real], wanted_scales[:real], f"scales of {kind}")
+
+
+TYPES = {"bf16": "*bf16", "int": "*i8", "e4m3": "*fp8e4nv"}
+
+
+def sorted_request(kinds: tuple[RowKind, ...], k: int, top_k: int, arch: int) -> Request:
+    """What `sort_rows` launches."""
+    block = 1 << (k - 1).bit_length()
+    constants = {
+        **{"TOP_K": top_k, "ALWAYS": 0, "PLACES": 1 << (top_k - 1).bit_length(), "K": k, "BLOCK": block},
+        **{"KINDS": tuple(kind.spec for kind in kinds), "PTX": True},
+    }
+    signature = {
+        **{"x_ptr": "*bf16", "codes": tuple(TYPES[kind.format] for kind in kinds), "scales": ("*fp32",) * len(kinds)},
+        **{"place_ptr": "*i32", "rows": "i32", "tokens": "i32"},
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    warps = 8 if block > 2048 else 4
+    return Request(prepare.prepare_sorted, signature, constants, arch, warps)
+
+
+@pytest.mark.parametrize("arch", [89, 90])
+def test_sorted_rows_are_quantized_once_and_stored_16_bytes_a_time(arch: int) -> None:
+    cases = [((RowKind("int", 8),), 7168, 8), ((RowKind("e4m3", 8),), 2048, 4), ((RowKind("bf16", 16),), 4096, 6)]
+    for (kinds, k, top_k), binary in zip(
+        cases, compile_all([sorted_request(*case, arch) for case in cases]), strict=True
+    ):
+        facts, threads = binary.facts(), binary.num_warps * 32
+        assert facts.spill_loads == facts.spill_stores == 0
+        places, block = 1 << (top_k - 1).bit_length(), 1 << (k - 1).bit_length()
+        wide = places * block * kinds[0].dtype.itemsize // (16 * threads)
+        # beyond the last of six choices nothing is written, and the compiler sees it
+        assert wide // 2 < facts.count("STG.E.128") <= wide
+        assert facts.count("LDG.E.128") == block * 2 // (16 * threads)
 
 
 def test_no_token_has_no_sorted_row() -> None:
