@@ -23,12 +23,14 @@ from mxmoe.errors import (
     StructureMismatch,
     UnsupportedScheme,
 )
-from mxmoe.frontend import BankRun, JoinedCalls, Lifted, LiftedBlock, join_calls, lift, replace_banks
+from mxmoe.frontend import BankRun, JoinedCalls, Lifted, LiftedBlock, join_calls, lift, places_of, replace_banks
 from mxmoe.ir import GroupGemmOp, ModuleOp, Plan, Scheme, banks, moe_ops, parse_ir
 from mxmoe.quant import Packed, PackedWeights
 from mxmoe.registry import near_names
 from mxmoe.report.compiled import CompileReport
 from mxmoe.target import BACKENDS, Backend, Executable, Target, find_target
+
+_PARTS = ("payload", "scale", "zero")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +66,17 @@ class Compilation:
 class CompiledBank:
     """One bank of a compiled block, in the form in which a bank is put in place of its experts."""
 
-    def __init__(self, executable: Executable, bank: str, joined: JoinedCalls | None = None) -> None:
-        """Bind a bank of an executable; `joined` may run it together with another."""
-        self.executable, self.bank, self.joined = executable, bank, joined
+    def __init__(
+        self, executable: Executable, bank: str, joined: JoinedCalls | None = None, places: Tensor | None = None
+    ) -> None:
+        """Bind a bank; `joined` may run it with another, `places` says where experts are if some were dropped."""
+        self.executable, self.bank, self.joined, self.places = executable, bank, joined, places
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Run the bank: [tokens, hidden] -> [tokens, hidden]; see `Executable`."""
+        if self.places is not None:
+            self.places = self.places.to(top_k_index.device)
+            top_k_index = self.places[top_k_index]
         if torch.compiler.is_dynamo_compiling():
             if hasattr(self.executable, "op"):  # a torch operator with a known shape
                 return self.executable.op(self.bank, hidden, top_k_index, top_k_weights)  # pyright: ignore
@@ -140,11 +147,11 @@ def make_backend(target: Target) -> Backend:
 
 def install(lifted: Lifted, made: Compilation) -> nn.Module:
     """Replace the banks of a lifted module by executables, and give the plan and its company to what is returned."""
-
-    joined = join_calls(lifted, made.executables)
+    joined, gone = join_calls(lifted, made.executables), made.plan.dropped
 
     def run(block: LiftedBlock, bank: str) -> BankRun:
-        return CompiledBank(made.executables[block.name], bank, joined.get(block.name))
+        places = places_of(block.banks[bank].shape.experts, gone.get((block.name, bank), ()))
+        return CompiledBank(made.executables[block.name], bank, joined.get(block.name), places)
 
     root = replace_banks(lifted, run).root
     if not is_model(lifted):
@@ -371,9 +378,9 @@ def _expert_tensors(made: Compilation) -> Iterator[tuple[str, Tensor]]:
         for name in gemm.weights:
             for expert in range(len(schemes)):
                 packed = executable.packed(name, expert)
-                for field in ("payload", "scale", "zero"):
-                    if (tensor := getattr(packed, field)) is not None:
-                        yield f"packed/{name}/{expert}/{field}", tensor
+                for part in _PARTS:
+                    if (tensor := getattr(packed, part)) is not None:
+                        yield f"packed/{name}/{expert}/{part}", tensor
         for name in gemm.biases:
             yield f"bias/{name}", executable.bias(name)
 
@@ -382,15 +389,11 @@ def _packed_weights(module: ModuleOp, tensors: Mapping[str, Tensor]) -> PackedWe
     """Put the packed matrices of a checkpoint together."""
     packed = {
         name: [
-            Packed(scheme, gemm.n, gemm.k, **_fields(tensors, f"packed/{name}/{expert}"))
-            for expert, scheme in enumerate(schemes)
+            Packed(scheme, gemm.n, gemm.k, *(tensors.get(f"packed/{name}/{i}/{p}") for p in _PARTS))  # pyright: ignore
+            for i, scheme in enumerate(schemes)
         ]
         for _, gemm, schemes in _gemms(module)
         for name in gemm.weights
     }
     biases = {key.removeprefix("bias/"): tensor for key, tensor in tensors.items() if key.startswith("bias/")}
     return PackedWeights(packed, biases)
-
-
-def _fields(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    return {field: tensors.get(f"{prefix}/{field}") for field in ("payload", "scale", "zero")}

@@ -18,7 +18,7 @@ from mxmoe.compiled import Compilation, copy_modules, install, is_compiled, is_m
 from mxmoe.cost import block_launches, predict_block_us
 from mxmoe.errors import BadArgument, CompiledAlready, InfeasibleBudget, MissingHessians, MissingInput
 from mxmoe.frontend import Lifted, lift
-from mxmoe.ir import ModuleOp, Plan, Scheme, apply_plan, banks, moe_ops, parse_ir, plan_of, rotations
+from mxmoe.ir import ModuleOp, Plan, Scheme, apply_plan, banks, kept_experts, moe_ops, parse_ir, plan_of, rotations
 from mxmoe.passes import (
     AllocateBits,
     AnnotateSensitivity,
@@ -77,7 +77,8 @@ def compile(
         inputs: calibration data: hidden states [tokens, hidden] or an iterable of them for a block, token ids
             [sequences, tokens] for a model, or the `Stats` of an earlier `observe`. Without data sensitivity comes
             from the weights alone and routing is taken as uniform; the report says so.
-        schemes: schemes to choose from; one means uniform; None takes the target's own.
+        schemes: schemes to choose from; one means uniform; None takes the target's own. With `w0` among them whole
+            experts may be dropped, see docs/sensitivities.md.
         weight_bits: budget on average effective bits per weight, None for no limit. One scheme needs no budget.
         latency_us: budget on the summed cost of all chosen schemes, in microseconds on the target's device.
         r: what is minimised is loss^r * time^(1-r).
@@ -193,7 +194,9 @@ def _candidates(
     parsed = tuple(dict.fromkeys(Scheme.parse(str(one)) for one in given))
     if not parsed:
         raise BadArgument(name="schemes", value=given, reason="name at least one, or leave it out")
-    for scheme in parsed:
+    if all(scheme.is_dropped for scheme in parsed):
+        raise BadArgument(name="schemes", value="w0", reason="it drops experts; name a scheme for those that stay")
+    for scheme in (scheme for scheme in parsed if not scheme.is_dropped):
         if not backend.supports(scheme):
             able = ", ".join(text for text in target.candidates if backend.supports(Scheme.parse(text)))
             raise BadArgument(name="schemes", value=str(scheme), reason=f"{target.name} cannot run it; it runs {able}")
@@ -315,18 +318,18 @@ def _weights(
     quiet: bool,
 ) -> Weights:
     """Give the weights as they are to be quantized, where Hessians are needed a bank at a time."""
-    turned = rotations(lifted.module)
+    turned, weights, kept = rotations(lifted.module), lifted.weights, kept_experts(allocated)
     if not needs_hessian(quantizer) or inputs is None or isinstance(inputs, Stats):
-        return lifted.weights.using(quantizer).rotated(turned)
+        return weights.using(quantizer).rotated(turned).keeping(kept)
     schemes = {
-        op.weight: [moe.candidates[index] for index in op.choice.array.tolist()]
+        op.weight: [s for s in (moe.candidates[i] for i in op.choice.array.tolist()) if not s.is_dropped]
         for moe in moe_ops(allocated)
         for bank in banks(moe).values()
         for op in bank.linears.values()
         if op.choice is not None
     }
     hessians = HessiansByBlock(lifted, inputs, quiet=quiet)
-    return lifted.weights.using(quantizer, hessians).rotated(turned).planned(schemes)
+    return weights.using(quantizer, hessians).rotated(turned).keeping(kept).planned(schemes)
 
 
 def _statistics(
@@ -342,6 +345,7 @@ def _statistics(
     """Observe what the passes need; with a plan there is nothing to weigh, and data serve only to say how to route."""
     if isinstance(inputs, Stats):
         return inputs
+    candidates = [scheme for scheme in candidates if not scheme.is_dropped]
     methods = [step.sensitivity for step in steps if isinstance(step, AnnotateSensitivity)]
     facts = tuple(dict.fromkeys(fact for method in methods for fact in method.needs_facts))
     gradients = any(method.needs_gradients for method in methods)

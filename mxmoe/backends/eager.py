@@ -188,14 +188,17 @@ def _chain(moe: MoeOp, route: RouteOp) -> Iterator[Operation]:
 
 
 def _linear(state: _State, rows: Tensor, weight: str, bias: str | None, choice: Table | None) -> Tensor:
-    """Each expert's rows times its weight; with a choice the quantized one, else the dense one in float32."""
+    """Each expert's rows times its weight: the chosen one (zeros of one that is dropped), or the dense in float32."""
     held = state.executable
     parts: list[Tensor] = []
     for expert, mine in enumerate(rows.split(state.routing.counts.tolist())):
         if choice is None:
             part = mine @ held.weights[weight][expert].to(torch.float32).T
+        elif (q := held.quantized[weight][expert]).scheme.is_dropped:
+            parts.append(mine.new_zeros((len(mine), q.n)))
+            continue
         else:
-            part = matmul(mine, held.quantized[weight][expert])
+            part = matmul(mine, q)
         parts.append(part if bias is None else part + held.weights[bias][expert].to(torch.float32))
     return torch.cat(parts)
 
@@ -211,7 +214,13 @@ def _chosen_weights(moe: MoeOp, weights: WeightSource) -> dict[str, tuple[Quanti
                 _check_shape(name, tuple(weights[name].shape), (op.experts, op.n, op.k))
                 continue
             schemes = [moe.candidates[int(index)] for index in op.choice.array]
-            chosen[name] = tuple(_own(weights.quantized(name, expert, scheme)) for expert, scheme in enumerate(schemes))
+            none = torch.zeros((), dtype=torch.uint8).expand(op.n, op.k)
+            chosen[name] = tuple(
+                Quantized(scheme, none, None, None)
+                if scheme.is_dropped
+                else _own(weights.quantized(name, expert, scheme))
+                for expert, scheme in enumerate(schemes)
+            )
             for q in chosen[name]:
                 _check_shape(name, (q.n, q.k), (op.n, op.k))
     return chosen

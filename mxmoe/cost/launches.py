@@ -54,12 +54,13 @@ def _gemm(
     choices: dict[tuple[str, str], Sequence[int]] | None,
 ) -> Gemm:
     fused = isinstance(op, GroupGemmOp)
-    choice = _choice(op.choice, choices, (op.bank_name, op.role))
+    schemes = [candidates[index] for index in _choice(op.choice, choices, (op.bank_name, op.role))]
     tiles = None
     if fused and op.tile is not None:
         tiles = tuple(op.tiles[index] for index in op.tile.array.tolist())
     width = op.n * (len(op.weights) if fused else 1)
-    return Gemm(width, op.k, rows, tuple(candidates[index] for index in choice), tiles)
+    kept = [expert for expert, scheme in enumerate(schemes) if not scheme.is_dropped]
+    return Gemm(width, op.k, tuple(rows[e] for e in kept), tuple(schemes[e] for e in kept), tiles)
 
 
 def _choice(

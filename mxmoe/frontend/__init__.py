@@ -4,6 +4,7 @@ from mxmoe.frontend.families import FAMILIES, REFUSED, Family
 from mxmoe.frontend.joined import JoinedCalls, join_calls
 from mxmoe.frontend.lift import lift
 from mxmoe.frontend.lifted import BankKind, Lifted, LiftedBank, LiftedBlock
+from mxmoe.frontend.places import places_of
 from mxmoe.frontend.report import LiftReport, Skipped, Taken
 from mxmoe.frontend.substitute import BankRun, Replacement, replace_banks
 from mxmoe.frontend.views import ExpertViews, expert_views
@@ -26,5 +27,6 @@ __all__ = [
     "expert_views",
     "join_calls",
     "lift",
+    "places_of",
     "replace_banks",
 ]

@@ -5,6 +5,7 @@ from xdsl.dialects.builtin import ModuleOp
 from mxmoe.ir.attrs import RoutingType, SchemeAttr, TableAttr, TileAttr
 from mxmoe.ir.build import Bank, BankShape, BlockShape, banks, build_module, linears, moe_ops, rotations
 from mxmoe.ir.chains import BANKS, ROLES
+from mxmoe.ir.drop import drop_experts, kept_experts
 from mxmoe.ir.graph import critical_path, op_graph
 from mxmoe.ir.hadamard import check_rotation, hadamard_base, paley_field, rotation_blocks
 from mxmoe.ir.ops import (
@@ -59,8 +60,10 @@ __all__ = [
     "check_rotation",
     "context",
     "critical_path",
+    "drop_experts",
     "fingerprint",
     "hadamard_base",
+    "kept_experts",
     "linears",
     "moe_ops",
     "op_graph",

@@ -84,6 +84,7 @@ class RouteOp(_WithTables):
         "top_k": parse_int,
         "frequency": parse_table,
         "mass": parse_table,
+        "kept": parse_table,
     }
     hidden_states = operand_def(TensorType)
     rows = result_def(TensorType)
@@ -93,6 +94,7 @@ class RouteOp(_WithTables):
     top_k_ = prop_def(IntegerAttr, prop_name="top_k")
     frequency_ = opt_prop_def(TableAttr, prop_name="frequency")
     mass_ = opt_prop_def(TableAttr, prop_name="mass")
+    kept_ = opt_prop_def(TableAttr, prop_name="kept")
     traits = traits_def(Pure())
 
     @property
@@ -119,6 +121,11 @@ class RouteOp(_WithTables):
     def mass(self) -> Table | None:
         """[expert], mean router weight per token."""
         return self._table("mass")
+
+    @property
+    def kept(self) -> Table | None:
+        """[expert], number that each had before experts without bits were dropped; None where none was."""
+        return self._table("kept")
 
 
 class _Gemm(_WithTables):

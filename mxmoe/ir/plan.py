@@ -17,6 +17,7 @@ from xdsl.ir import Attribute
 from mxmoe.errors import BadPlan, BadRotation, BadScheme, PlanMismatch
 from mxmoe.files import write_whole
 from mxmoe.ir.build import banks, linears, moe_ops
+from mxmoe.ir.drop import broken_experts
 from mxmoe.ir.hadamard import check_rotation
 from mxmoe.ir.scheme import Scheme
 from mxmoe.ir.table import Table
@@ -86,6 +87,14 @@ class Plan:
     def hash(self) -> str:
         """SHA-256 of the JSON form."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def dropped(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """(block, bank) -> experts that have no bits; banks that keep all are left out."""
+        found: dict[tuple[str, str], dict[int, None]] = {}
+        for row in (row for row, scheme in self.rows.items() if scheme.is_dropped):
+            found.setdefault((row.block, row.bank), {})[row.expert] = None
+        return {key: tuple(experts) for key, experts in found.items()}
 
     def to_json(self) -> str:
         """Write the plan as JSON, one row a line."""
@@ -267,8 +276,9 @@ def apply_plan(module: ModuleOp, plan: Plan) -> None:
     A bank without a rotation in the plan keeps the module's own.
 
     Raises:
-        PlanMismatch: rows that the module lacks, rows that the plan lacks, a scheme that is no candidate, or a rotation
-            that does not fit or is another one than the module's; the module is left as it was.
+        PlanMismatch: rows that the module lacks, rows that the plan lacks, a scheme that is no candidate, w0 for a part
+            of an expert or for too many, or a rotation that does not fit or is another one than the module's; the
+            module is left as it was.
     """
     for moe in moe_ops(module):
         if moe.stage == "lowered":
@@ -282,6 +292,10 @@ def apply_plan(module: ModuleOp, plan: Plan) -> None:
         for row in (row for row in plan.rows if row.block == moe.block and plan.rows[row] not in moe.candidates):
             known = ", ".join(map(str, moe.candidates))
             raise PlanMismatch(reason=f"{'/'.join(map(str, row))} wants {plan.rows[row]}, the candidates are {known}")
+        for name, bank in banks(moe).items():
+            own = {r: [plan.rows[Row(moe.block, name, r, e)] for e in range(bank.experts)] for r in bank.linears}
+            if reason := broken_experts(own, bank.top_k):
+                raise PlanMismatch(reason=f"{moe.block} {name}: {reason}")
     _check_rotations(module, plan)
     for moe in moe_ops(module):
         for bank in banks(moe).values():

@@ -15,6 +15,7 @@ WEIGHT_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 ACT_BITS = (4, 5, 6, 7, 8, 16)
 _PATTERN = re.compile(r"w(\d+)a(\d+)(?:_g(\d+))?(?:_(sym|asym))?(?:_(e4m3|fp16))?")
 _PLAIN = {"bf16": "bf16", "fp16": "fp16"}
+_DROPPED = "w0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +25,15 @@ class Scheme:
 
     `Scheme.parse(str(s)) == s` for every scheme. Absent `_g` means one scale per output channel, absent symmetry
     means symmetric, `a16` without a suffix means bf16 activations. `_e4m3` makes 8-bit activations (and 8-bit
-    weights) OCP e4m3 floats. Examples: w4a16_g128_asym, w8a8_sym, w4a4_g128_sym, w8a8_e4m3, w4a8_g128_sym_e4m3.
+    weights) OCP e4m3 floats. `w0` is no linear at all: the expert is dropped. Examples: w4a16_g128_asym, w8a8_sym,
+    w4a4_g128_sym, w8a8_e4m3, w4a8_g128_sym_e4m3.
 
     Raises:
         BadScheme: a field, or a combination of fields, that has no meaning.
     """
 
     weight_bits: int
-    """Bits per stored weight: 1 to 8, or 16 for a float weight."""
+    """Bits per stored weight: 1 to 8, 16 for a float weight, or 0 for an expert that is dropped."""
     act_bits: int = 16
     """Bits per activation element at the matrix unit: 4 to 8, or 16."""
     group_size: int | None = None
@@ -49,12 +51,16 @@ class Scheme:
     @classmethod
     def parse(cls, text: str) -> Scheme:
         """Read a scheme from its string form; the inverse of `str`."""
+        if text == _DROPPED:
+            return cls(0)
         if text in _PLAIN:
             return cls(16, act_format=_PLAIN[text])  # pyright: ignore[reportArgumentType]  # a Literal by the table
         match = _PATTERN.fullmatch(text)
         if not match:
             raise BadScheme(text=text, reason="it does not follow the grammar")
         weight_bits, act_bits, group, symmetry, suffix = match.groups()
+        if not int(weight_bits):
+            raise BadScheme(text=text, reason=f"weights have 1 to 8 or 16 bits, not 0; {_DROPPED} drops an expert")
         default = "bf16" if act_bits == "16" else "int"
         try:
             return cls(
@@ -87,9 +93,14 @@ class Scheme:
         return self.weight_bits == 16
 
     @property
+    def is_dropped(self) -> bool:
+        """Nothing is stored and nothing runs: the expert adds nothing to its tokens."""
+        return self.weight_bits == 0
+
+    @property
     def is_weight_only(self) -> bool:
         """Weights are quantized and activations are not."""
-        return self.act_bits == 16 and not self.is_float
+        return self.act_bits == 16 and not self.is_float and not self.is_dropped
 
     @property
     def act_group_size(self) -> int | None:
@@ -104,7 +115,7 @@ class Scheme:
     @property
     def scale_bits(self) -> int:
         """Bits of one stored scale: bf16 in groups, where they count, float32 per channel, where they do not."""
-        return 0 if self.is_float else 32 if self.group_size is None else 16
+        return 0 if self.is_float or self.is_dropped else 32 if self.group_size is None else 16
 
     @property
     def zero_bits(self) -> int:
@@ -134,6 +145,9 @@ def _fault(s: Scheme) -> str | None:
     if s.is_float:
         plain = s.act_bits == 16 and s.group_size is None and s.symmetric and s.act_format in _PLAIN
         return None if plain else "16-bit weights take no group, no zero point and 16-bit activations"
+    if s.is_dropped:
+        alone = s.act_bits == 16 and s.group_size is None and s.symmetric and s.act_format == "bf16"
+        return None if alone else "what has no weights has neither groups nor activations: write w0"
     if s.weight_bits not in WEIGHT_BITS:
         return f"weights have 1 to 8 or 16 bits, not {s.weight_bits}"
     if s.act_bits not in ACT_BITS:
@@ -151,6 +165,8 @@ def _fault(s: Scheme) -> str | None:
 
 
 def _spell(s: Scheme) -> str:
+    if s.is_dropped:
+        return _DROPPED
     if s.is_float:
         return s.act_format
     group = "" if s.group_size is None else f"_g{s.group_size}"

@@ -37,7 +37,7 @@ RULES: Mapping[Stage, Rule] = {
     "lifted": Rule("linear"),
     "annotated": Rule("linear", may=_STATISTICS | _ANNOTATIONS),
     "allocated": Rule("linear", may=_STATISTICS | _ANNOTATIONS | _DECISIONS, must={"linear": _DECISIONS}),
-    "lowered": Rule("group_gemm", may=_STATISTICS | _DECISIONS | {"tile"}, must={"group_gemm": _DECISIONS}),
+    "lowered": Rule("group_gemm", may=_STATISTICS | _DECISIONS | {"tile", "kept"}, must={"group_gemm": _DECISIONS}),
 }
 _EVERYWHERE = frozenset({"route", "act", "combine", "yield"})
 _AXES: Mapping[str, tuple[str, ...]] = {
@@ -46,6 +46,7 @@ _AXES: Mapping[str, tuple[str, ...]] = {
     "sensitivity": ("expert", "scheme"),
     "cost": ("expert", "scheme"),
     "choice": ("expert",),
+    "kept": ("expert",),
     "tile": ("expert",),
 }
 

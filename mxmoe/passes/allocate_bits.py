@@ -9,7 +9,7 @@ import numpy as np
 from mxmoe.errors import BadOption
 from mxmoe.ir import ModuleOp, Plan, apply_plan, rows_of
 from mxmoe.passes.base import Environment, Pass
-from mxmoe.passes.problem import plan_from, problem_of
+from mxmoe.passes.problem import common_candidates, plan_from, problem_of
 from mxmoe.solver import Budget, Objective, Problem, Solution, solve, solve_parts
 
 SCOPES = ("model", "layer")
@@ -36,7 +36,8 @@ class AllocateBits(Pass):
     solver: str = "lagrangian"
     """Name of a solver."""
     granularity: str = "linear"
-    """What shares one choice: model, layer, role, expert, or linear (expert x role)."""
+    """What shares one choice: model, layer, role, expert, or linear (expert x role). With a candidate w0, which takes
+    whole experts, linear means expert."""
     tie_gate_up: bool = True
     """Gate and up of an expert take the same scheme, so that they fuse into one launch."""
     budget_per: str = "model"
@@ -50,12 +51,14 @@ class AllocateBits(Pass):
         """Solve for the annotated module without changing it."""
         self._check()
         self.blocks(module, "annotated", "allocated", way="the annotate- passes make annotated blocks")
-        problem = problem_of(module, granularity=self.granularity, tie_gate_up=self.tie_gate_up)
+        dropping = any(scheme.is_dropped for scheme in common_candidates(module))
+        granularity = "expert" if dropping and self.granularity == "linear" else self.granularity
+        problem = problem_of(module, granularity=granularity, tie_gate_up=self.tie_gate_up)
         budget = Budget(weight_bits=self.weight_bits, bytes=self.max_bytes, latency_us=self.latency_us)
         solution = self._solve(problem, budget, module)
         objective: dict[str, float | str] = {
             "r": self.r,
-            "granularity": self.granularity,
+            "granularity": granularity,
             "tie_gate_up": str(self.tie_gate_up).lower(),
         }
         if self.budget_per != "model":

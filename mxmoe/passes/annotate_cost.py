@@ -11,6 +11,7 @@ from mxmoe.device import device
 from mxmoe.errors import BadOption, NoProfile
 from mxmoe.ir import ModuleOp, Table, banks
 from mxmoe.passes.base import EARLIER, Environment, Pass, advance
+from mxmoe.passes.dropping import with_dropped
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ class AnnotateCost(Pass):
                 known = bank.route.frequency
                 frequency = np.full(bank.experts, bank.top_k / bank.experts) if known is None else known.array
                 for op in bank.linears.values():
-                    cost = linear_cost_us(model, moe.candidates, n=op.n, k=op.k, frequency=frequency, tokens=tokens)
-                    op.set_table("cost", Table(("expert", "scheme"), cost))
+                    runs = [scheme for scheme in moe.candidates if not scheme.is_dropped]
+                    cost = linear_cost_us(model, runs, n=op.n, k=op.k, frequency=frequency, tokens=tokens)
+                    whole = with_dropped(cost, moe.candidates, np.zeros(op.experts))
+                    op.set_table("cost", Table(("expert", "scheme"), whole))
             advance(moe, "annotated")
 
     def token_mix(self) -> list[tuple[int, float]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mxmoe.ir import ModuleOp, Table, banks
 from mxmoe.passes.base import EARLIER, Environment, Pass, advance
+from mxmoe.passes.dropping import Floats, losses_of_dropping, with_dropped
 from mxmoe.passes.sensitivities import SeenBank, Sensitivity, parse_sensitivity
 
 
@@ -15,7 +17,8 @@ class AnnotateSensitivity(Pass):
     Write `sensitivity[expert, scheme]` on every linear, from the observed statistics.
 
     How is the method's business: by default the squared change of the block's output when that linear alone is
-    quantized. docs/sensitivities.md lists all; `method="pmq{gamma=1}"` gives one its options.
+    quantized. For a candidate w0, no bits at all, it is what the expert itself puts out (`losses_of_dropping`).
+    docs/sensitivities.md lists all; `method="pmq{gamma=1}"` gives one its options.
     """
 
     name = "annotate-sensitivity"
@@ -41,14 +44,18 @@ class AnnotateSensitivity(Pass):
                 block=moe.block,
                 name=bank.name,
                 sizes={role: (op.n, op.k) for role, op in bank.linears.items()},
-                schemes=moe.candidates,
+                schemes=tuple(scheme for scheme in moe.candidates if not scheme.is_dropped),
                 stats=stats,
                 sums=environment.seen(self.name, moe, bank),
             )
             for moe, bank in held
         ]
-        for (_, bank), losses in zip(held, self.sensitivity.losses(seen), strict=True):
+        gone: Sequence[Mapping[str, Floats] | None] = [None] * len(held)
+        if any(scheme.is_dropped for moe in blocks for scheme in moe.candidates):
+            gone = losses_of_dropping(self.sensitivity, seen, [bank.top_k for _, bank in held])
+        for (moe, bank), losses, dropping in zip(held, self.sensitivity.losses(seen), gone, strict=True):
             for role, op in bank.linears.items():
-                op.set_table("sensitivity", Table(("expert", "scheme"), losses[role]))
+                table = losses[role] if dropping is None else with_dropped(losses[role], moe.candidates, dropping[role])
+                op.set_table("sensitivity", Table(("expert", "scheme"), table))
         for moe in blocks:
             advance(moe, "annotated")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from xdsl.dialects.builtin import ArrayAttr, StringAttr
 
-from mxmoe.ir import Bank, GroupGemmOp, LinearOp, ModuleOp, TableAttr, banks
+from mxmoe.ir import Bank, GroupGemmOp, LinearOp, ModuleOp, TableAttr, banks, drop_experts
 from mxmoe.passes.base import Environment, Pass
 
 
@@ -17,7 +17,8 @@ class LowerToGroupGemm(Pass):
     Replace linears by group GEMMs.
 
     Gate and up of a bank read the same rows; where every expert chose the same scheme for both they become one
-    group GEMM `gate_up` with two weights, otherwise two group GEMMs. Down becomes one. The annotations that the
+    group GEMM `gate_up` with two weights, otherwise two group GEMMs. Down becomes one. Experts whose scheme is w0 leave
+    the module (`drop_experts`), so that no backend knows of them. The annotations that the
     decision was made from are left behind: they are in the allocated module and in the plan.
     """
 
@@ -31,6 +32,7 @@ class LowerToGroupGemm(Pass):
             for bank in banks(moe).values():
                 for group in self._groups(bank):
                     _lower(group)
+            drop_experts(moe)
             moe.stage = "lowered"
 
     def _groups(self, bank: Bank) -> list[list[LinearOp]]:

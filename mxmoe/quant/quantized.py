@@ -114,7 +114,7 @@ def _fault(q: Quantized) -> str | None:
         return f"codes have shape {list(codes.shape)}, not [..., n, k]"
     if codes.dtype != CODE_DTYPES[scheme.weight_format]:
         return f"codes are {codes.dtype}, not {CODE_DTYPES[scheme.weight_format]}"
-    for what, tensor, wanted in (("scale", q.scale, not scheme.is_float), ("zero", q.zero, not scheme.symmetric)):
+    for what, tensor, wanted in (("scale", q.scale, scheme.scale_bits > 0), ("zero", q.zero, not scheme.symmetric)):
         if (tensor is not None) != wanted:
             return f"it {'has no' if tensor is None else 'takes no'} {what}"
         shape = (*codes.shape[:-1], scheme.n_groups(codes.shape[-1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mxmoe.errors import BadWeight, NonFiniteWeights, WeightsBeyondFormat
+from mxmoe.errors import BadScheme, BadWeight, NonFiniteWeights, WeightsBeyondFormat
 from mxmoe.ir import Scheme
 from mxmoe.quant.formats import FORMATS
 from mxmoe.quant.quantized import Quantized
@@ -44,6 +44,8 @@ def dequantize(q: Quantized) -> Tensor:
 
 def checked_weight(weight: Tensor, scheme: Scheme, name: str) -> Tensor:
     """Return the weight in float32, or raise what every quantizer refuses before any work (see `quantize`)."""
+    if scheme.is_dropped:
+        raise BadScheme(text=str(scheme), reason=f"a dropped expert has no codes, and {name} is to be quantized")
     if weight.dtype not in FLOATS or weight.dim() < 2 or weight.shape[-1] < 1:
         raise BadWeight(name=name, found=f"{weight.dtype} {list(weight.shape)}")
     dense = weight.detach().to(torch.float32)

@@ -82,6 +82,22 @@ class Weights(Mapping[str, Tensor]):
         """
         return Weights(self._loaders, self._quantizer, self._hessians, rotations)
 
+    def keeping(self, experts: Mapping[str, Sequence[int]]) -> Weights:
+        """
+        Return the same weights without some experts: name -> those that are kept, counted from 0 then.
+
+        Names that are not there keep all. Hessians follow.
+        """
+        loaders = {
+            name: self._some(name, experts[name]) if name in experts else one for name, one in self._loaders.items()
+        }
+        known = self._hessians
+        moved = known and (lambda name, expert: known(name, experts[name][expert] if name in experts else expert))
+        return Weights(loaders, self._quantizer, moved, self._rotations)
+
+    def _some(self, name: str, experts: Sequence[int]) -> Loader:
+        return lambda: self._loaded(name)[list(experts)]
+
     def __getitem__(self, name: str) -> Tensor:
         return self._turned(name, self._loaded(name))
 

@@ -60,6 +60,11 @@ class SeenBank:
         """[expert, scheme], squared change of the output over all tokens when only this linear is quantized."""
         return self.stats.sensitivity(self.block, self.name, role, self.schemes)
 
+    @property
+    def output(self) -> Floats:
+        """[expert], squared norm of its weighted output over all tokens; of one that nobody saw its bank's mean."""
+        return self.sums.output(max(self.stats.min_tokens, 1))
+
     def fisher(self, role: str) -> Floats:
         """
         [expert, scheme], the same with every channel times the loss's gradient there, before it is squared.
@@ -110,6 +115,17 @@ class Sensitivity(Optioned):
     @abstractmethod
     def losses(self, banks: Sequence[SeenBank]) -> Sequence[Mapping[str, Floats]]:
         """Give for each bank role -> [expert, scheme]."""
+
+    def gone(self, banks: Sequence[SeenBank]) -> Sequence[Floats]:
+        """
+        Give for each bank [expert], what it costs to have the expert put out nothing, in the unit of `losses`.
+
+        Raises:
+            BadOption: the method does not say.
+        """
+        del banks
+        reason = "it does not say what an expert without bits costs; squared, mxmoe and fisher do"
+        raise BadOption(name=self.name, option="the candidate w0", reason=reason)
 
 
 @dataclass(frozen=True)

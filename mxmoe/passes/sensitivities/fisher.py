@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from mxmoe.passes.sensitivities.base import Floats, SeenBank, Sensitivity
 
 
@@ -28,3 +30,15 @@ class Fisher(Sensitivity):
     def losses(self, banks: Sequence[SeenBank]) -> Sequence[Mapping[str, Floats]]:
         """Take the weighed errors as they are."""
         return [{role: bank.fisher(role) for role in bank.roles} for bank in banks]
+
+    def gone(self, banks: Sequence[SeenBank]) -> Sequence[Floats]:
+        """
+        Take what the expert puts out, weighed as the errors of its down are on average over schemes.
+
+        They are spread over the same channels and tokens; the gradient's weight on the output itself was not summed.
+        """
+        found: list[Floats] = []
+        for bank in banks:
+            weighed, plain = bank.fisher("down").sum(1), bank.squared("down").sum(1)
+            found.append(bank.output * np.divide(weighed, plain, out=np.zeros_like(plain), where=plain > 0))
+        return found

@@ -32,3 +32,8 @@ class Mxmoe(Sensitivity):
         """Take the root of the observed errors."""
         units = output_of_blocks(banks) if self.scale == "relative" else dict.fromkeys(by_block(banks), 1.0)
         return [{role: np.sqrt(bank.squared(role) / units[bank.block]) for role in bank.roles} for bank in banks]
+
+    def gone(self, banks: Sequence[SeenBank]) -> Sequence[Floats]:
+        """Take the root of what the expert puts out."""
+        units = output_of_blocks(banks) if self.scale == "relative" else dict.fromkeys(by_block(banks), 1.0)
+        return [np.sqrt(bank.output / units[bank.block]) for bank in banks]

@@ -31,6 +31,11 @@ class Squared(Sensitivity):
         units = output_of_blocks(banks) if self.scale == "relative" else dict.fromkeys(by_block(banks), 1.0)
         return [{role: bank.squared(role) / units[bank.block] for role in bank.roles} for bank in banks]
 
+    def gone(self, banks: Sequence[SeenBank]) -> Sequence[Floats]:
+        """Take what the expert puts out, which is the change of the block's output when it does not."""
+        units = output_of_blocks(banks) if self.scale == "relative" else dict.fromkeys(by_block(banks), 1.0)
+        return [bank.output / units[bank.block] for bank in banks]
+
 
 def output_of_blocks(banks: Sequence[SeenBank]) -> dict[str, float]:
     """Block -> squared norm of what its banks put out; 1 for a block that puts out nothing."""
