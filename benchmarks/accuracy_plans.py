@@ -151,7 +151,7 @@ def _first(seeds: Sequence[int]) -> Iterator[Job]:
     for quantizer in ("gptq", "gptq+hadamard"):
         yield from (Job("planted", quantizer, seeds[0], "w5a5", method) for method in ("squared", "fisher"))
         yield Job("planted", quantizer, seeds[0], "w5a5 and w4a8", "fisher")
-    yield from _beside(seeds[0])
+    yield from _beside(seeds[0], is_first=True)
 
 
 def _others(seeds: Sequence[int]) -> Iterator[Job]:
@@ -168,14 +168,15 @@ def _others(seeds: Sequence[int]) -> Iterator[Job]:
             yield from (Job("study", quantizer, seed, setting, method) for method in (*METHODS, "random"))
         if quantizer != "rtn":  # whose codes no data changes
             yield from _uniform("study", quantizer, seed, tuple(SETTINGS))
-    for seed in seeds:
-        yield from _beside(seed)
+    for seed in seeds[1:]:
+        yield from _beside(seed, is_first=False)
 
 
-def _beside(seed: int) -> Iterator[Job]:
+def _beside(seed: int, *, is_first: bool) -> Iterator[Job]:
     for quantizer in BESIDE:
         names = settings_of(quantizer)
-        yield from _uniform("study", quantizer, seed, names)
+        if quantizer != "hqq" or is_first:  # no data changes its codes
+            yield from _uniform("study", quantizer, seed, names)
         yield from (Job("study", quantizer, seed, name, HEADLINE) for name in names if name in MIXED)
 
 

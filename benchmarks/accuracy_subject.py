@@ -25,7 +25,7 @@ from mxmoe.calib import FACTS, HessianOptions, Hessians, Stats, collect_hessians
 from mxmoe.evaluate import Remembered, compare, remember
 from mxmoe.frontend import lift
 from mxmoe.passes import Environment, parse_passes, run_passes
-from mxmoe.transform import awq, smooth
+from mxmoe.transform import TransformReport, awq, smooth
 
 BEGAN = time.monotonic()
 ROTATE = 128
@@ -120,17 +120,17 @@ class AlphaFacts:
         return dataclasses.replace(stats, banks=made)
 
 
-def fold_awq(model: nn.Module, data: Tensor) -> None:
+def fold_awq(model: nn.Module, data: Tensor) -> TransformReport:
     """Fold AWQ's scales, chosen for the schemes that stand alone at the weight-only settings."""
-    awq(model, data, [scheme for name in WEIGHT_ONLY_SETTINGS for scheme in SETTINGS[name].uniform], quiet=True)
+    return awq(model, data, [scheme for name in WEIGHT_ONLY_SETTINGS for scheme in SETTINGS[name].uniform], quiet=True)
 
 
-def fold_smoothquant(model: nn.Module, data: Tensor) -> None:
+def fold_smoothquant(model: nn.Module, data: Tensor) -> TransformReport:
     """Fold SmoothQuant's scales; powers of two, since rounding a 16-bit model would be seen beside 8-bit codes."""
-    smooth(model, data, exact=True, quiet=True)
+    return smooth(model, data, exact=True, quiet=True)
 
 
-FOLDS: Mapping[str, Callable[[nn.Module, Tensor], None]] = {"awq": fold_awq, "smoothquant": fold_smoothquant}
+FOLDS: Mapping[str, Callable[[nn.Module, Tensor], TransformReport]] = {"awq": fold_awq, "smoothquant": fold_smoothquant}
 """Quantizer -> what is done to a model, in place, before it rounds to nearest."""
 
 
@@ -154,7 +154,8 @@ class Subject:
         """Copy the model and fold the scales of a quantizer into it; its reference stays the model as it was."""
         study, model = self.study, copy.deepcopy(self.model)
         with study.phases(f"fold {self.name} {quantizer} seed {seed}", study.device):
-            FOLDS[quantizer](model, study.calibration(seed))
+            report = FOLDS[quantizer](model, study.calibration(seed))
+        say(f"{len(report.folded)} kinds of inputs folded, {len(report.skipped)} left")
         return Subject(self.name, model, study, like=self)
 
     def shelf(self, quantizer: str, seed: int) -> tuple[Shelf, float, float]:
