@@ -28,8 +28,11 @@ COLUMNS = 5
 """Numbers of a class in the constants: group, height, next lower height, shift of the tallest height, n_tiles."""
 MAX_SETS = 2
 """Tilings that one launch can build bands for: those of gate_up and of down."""
-WALK = 2
-"""Counters of a tiling, for programs that fetch tile after tile: tiles handed out, and programs that are done."""
+WALK = 4
+"""
+Words of a tiling for programs that fetch tile after tile: tiles handed out, programs that are done, and two that keep
+addresses at whole 16 bytes.
+"""
 
 
 def pad_to(value: int, multiple: int) -> int:

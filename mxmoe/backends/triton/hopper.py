@@ -7,9 +7,8 @@ read in sorted order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mxmoe.backends.triton import kernels, kernels_hopper
-from mxmoe.backends.triton.dispatch import Tables
+from mxmoe.backends.triton.dispatch import WALK, Tables
+from mxmoe.backends.triton.kernels_hopper_ring import FIELDS
 from mxmoe.backends.triton.layout import ALIGN, KINDS, body_of
 from mxmoe.backends.triton.mode import interpreting, programs_at_once
 from mxmoe.backends.triton.operands import Epilogue, Matrices, Rows
@@ -33,9 +33,7 @@ HEIGHTS = (16, 32, 64, 128)
 """Rows of a tile."""
 ENOUGH_ROWS = 96.0
 """Rows of a mean active expert from which the kernel is taken where nothing was measured."""
-DENSE_STAGES, NIBBLE_STAGES = 4, 8
-"""Buffers in flight: what shared memory holds."""
-MOST_RINGS = 3
+MOST_OPERANDS = 3
 """Kinds of operands that a launch has room for."""
 REGISTERS = 168
 """Of a thread at the start: 64 K by all warps. The loading warpgroup hands its own on to the others."""
@@ -51,8 +49,15 @@ _ELEMENTS = {
     torch.uint8: gl.uint8,
 }
 
-Ring = tuple[bool, int]
-"""Whether its weights have 4 bits, and the place of its kind of rows among those of the GEMM."""
+NARROW_WIDTH = CHANNELS // 2
+"""Of a tile of few rows of dense weights."""
+WIDE, NARROW, NIBBLES = 0, 1, 2
+"""Bodies: `kernels_hopper_ring`."""
+STAGES = {WIDE: 4, NARROW: 8, NIBBLES: 8}
+"""Buffers in flight: what shared memory holds."""
+
+Operands = tuple[bool, int]
+"""Whether weights have 4 bits, and the place of the kind of rows among those of the GEMM."""
 
 
 def fits(scheme: Scheme) -> bool:
@@ -71,7 +76,7 @@ def config_for(gemm: Gemm, heights: Sequence[int] = HEIGHTS) -> Config | None:
     rows = {kind.dtype.itemsize * gemm.k for kind in gemm.row_kinds}
     if gemm.always is not None or not all(map(fits, gemm.distinct)) or any(one % 16 for one in rows):
         return None
-    if len({_ring(gemm, scheme) for scheme in gemm.distinct}) > MOST_RINGS:
+    if len({_operands_of(gemm, scheme) for scheme in gemm.distinct}) > MOST_OPERANDS:
         return None
     shapes = tuple((str(scheme), _shape(scheme, gemm, tuple(heights))) for scheme in gemm.distinct)
     return Config(WARPS, shapes, per_sm=1)
@@ -83,7 +88,7 @@ def candidates(gemm: Gemm) -> tuple[Config, ...]:
     return tuple(config for config in made if config is not None)
 
 
-def _ring(gemm: Gemm, scheme: Scheme) -> Ring:
+def _operands_of(gemm: Gemm, scheme: Scheme) -> Operands:
     return body_of(scheme) == "nibbles", gemm.row_kinds.index(RowKind.of(scheme))
 
 
@@ -91,8 +96,8 @@ def _shape(scheme: Scheme, gemm: Gemm, heights: tuple[int, ...]) -> Shape:
     """What is left of an expert's rows comes last, as tiles that cost less."""
     sides = 1 + gemm.gated
     if body_of(scheme) == "dense":
-        return Shape(heights, CHANNELS // sides, 64 if scheme.act_bits == 16 else 128, DENSE_STAGES)
-    return Shape(heights, CHANNELS // 2 // sides, 128, NIBBLE_STAGES)
+        return Shape(heights, CHANNELS // sides, 64 if scheme.act_bits == 16 else 128, STAGES[WIDE])
+    return Shape(heights, CHANNELS // 2 // sides, 128, STAGES[NIBBLES])
 
 
 def runs_on(device: torch.device) -> bool:
@@ -117,70 +122,84 @@ def run_hopper(
 ) -> None:  # fmt: skip
     """Multiply every scheduled row by its expert's weights, as `launch.run_gemm`; rows are sorted by expert."""
     gemm, dispatch, arena = matrices.gemm, tables.dispatch, matrices.arena
-    programs = min(programs_at_once(out.device), dispatch.most_tiles(which))
+    made = tuple(runs(matrices, config, epilogue))
+    columns = max(run[FIELDS.index("columns")] for run in made)
+    programs = min(programs_at_once(out.device), dispatch.bands(which) * columns)
     if not programs or not dispatch.rows:
         return
-    made = tuple(runs(matrices, config, epilogue))
     none = rows.codes[0].new_empty(0, dtype=torch.float32)
     kernel: Any = kernels_hopper.divided_gemm
     start = partial(kernel.warmup, grid=(programs,)) if compile_only else kernel[(programs,)]
     start(
-        *_operands(gemm, rows, arena.data), arena.data, arena.base, none if matrices.bias is None else matrices.bias,
+        *_descriptors(gemm, rows, arena.data), arena.data, arena.base, none if matrices.bias is None else matrices.bias,
         rows.scales, out, tables.words[dispatch.places[f"class_band{which}"][0] :],
-        tables.words[dispatch.places[f"band_expert{which}"][0] :], dispatch.bands(which), made,
+        tables.words[dispatch.places[f"band_expert{which}"][0] :], dispatch.bands(which),
+        tables.table("walk")[WALK * which :], made,
         num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
-def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> Iterator[tuple[object, ...]]:
-    """Give what each class of the schedule is compiled for: `kernels_hopper_ring.FIELDS`."""
+def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> list[tuple[Any, ...]]:
+    """
+    Give what each class of the schedule is compiled for: `kernels_hopper_ring.FIELDS`.
+
+    Longest tiles come first, but that runs of one ring follow each other: between rings the memory has to be empty.
+    """
     gemm = matrices.gemm
     _, specs = classes_of(gemm, config)
     fields = [dict(zip(kernels.FIELDS, spec, strict=True)) for spec in specs]
-    rings = rings_of(gemm)
+    operands = operands_of(gemm)
     launch = (
         *(gemm.n, gemm.k, len(gemm.schemes), config.grouping, int(gemm.gated), int(matrices.bias is not None)),
         *(epilogue.act, *epilogue.pair),
     )
-    barrier, place = 0, 0
-    segments = [(ring, list(some)) for ring, some in groupby(fields, key=_ring_of)]
-    for number, (ring, some) in enumerate(segments):
-        stages = NIBBLE_STAGES if ring[0] else DENSE_STAGES
-        for at, field in enumerate(some):
-            leaves = at == len(some) - 1 and number < len(segments) - 1
-            columns = -(-gemm.n // field["width"])
-            yield (
-                *launch, int(ring[0]), field["height"], place, columns, field["group"] if ring[0] else 0, ring[1],
-                rings.index(ring), barrier, stages, int(leaves),
+    rings = list(dict.fromkeys(map(_ring_of, fields)))
+    made: list[tuple[Any, ...]] = []
+    barrier = 0
+    for ring in rings:
+        kind, row_kind = ring
+        mine = [place for place, field in enumerate(fields) if _ring_of(field) == ring]
+        for place in mine:
+            field = fields[place]
+            width = NARROW_WIDTH // (1 + gemm.gated) if kind == NARROW else field["width"]
+            made.append(
+                (
+                    *launch, kind, field["height"], place, -(-gemm.n // width),
+                    field["group"] if kind == NIBBLES else 0, row_kind, operands.index((kind == NIBBLES, row_kind)),
+                    barrier, STAGES[kind], int(place == mine[-1] and ring != rings[-1]),
+                )
             )  # fmt: skip
-            place += 1
-        barrier += stages
+        barrier += STAGES[kind]
+    return made
 
 
-def rings_of(gemm: Gemm) -> tuple[Ring, ...]:
+def operands_of(gemm: Gemm) -> tuple[Operands, ...]:
     """Kinds of operands of a GEMM, in order."""
-    return tuple(sorted({_ring(gemm, scheme) for scheme in gemm.distinct}))
+    return tuple(sorted({_operands_of(gemm, scheme) for scheme in gemm.distinct}))
 
 
-def _ring_of(field: dict[str, int]) -> Ring:
-    return field["kind"] == KINDS.index("nibbles"), field["row_kind"]
+def _ring_of(field: dict[str, int]) -> tuple[int, int]:
+    """Body and kind of rows of a class."""
+    dense = WIDE if field["height"] >= TALL_BOX else NARROW
+    return NIBBLES if field["kind"] == KINDS.index("nibbles") else dense, field["row_kind"]
 
 
 def _layout(box: list[int], dtype: torch.dtype) -> Any:  # noqa: ANN401  # a class that Triton does not type
     return NVMMASharedLayout.get_default_for(box, _ELEMENTS[dtype])
 
 
-def _operands(gemm: Gemm, rows: Rows, data: Tensor) -> list[Any]:
-    """Descriptors of each ring, None beyond the last, and of the scales of groups."""
+def _descriptors(gemm: Gemm, rows: Rows, data: Tensor) -> list[Any]:
+    """Descriptors of each kind of operands, None beyond the last, and of the scales of groups."""
     made: list[Any] = []
-    rings = rings_of(gemm)
-    for is_nibbles, kind in rings:
+    operands = operands_of(gemm)
+    for is_nibbles, kind in operands:
         codes = rows.codes[kind]
-        wide = (64 if is_nibbles else 128) // codes.itemsize
-        made += [_rows(codes, [tall, wide]) for tall in (TALL_BOX, LOW_BOX)]
-        made.append(_codes(data) if is_nibbles else _dense(gemm, data.view(codes.dtype)))
-    made += [None] * (3 * (MOST_RINGS - len(rings)))
-    if any(is_nibbles for is_nibbles, _ in rings):
+        deep = (64 if is_nibbles else 128) // codes.itemsize
+        made += [_rows(codes, [tall, deep]) for tall in (TALL_BOX, LOW_BOX)]
+        weights = data.view(codes.dtype)
+        made += [_codes(data), None] if is_nibbles else [_dense(gemm, weights, wide) for wide in (128, 64)]
+    made += [None] * (4 * (MOST_OPERANDS - len(operands)))
+    if any(is_nibbles for is_nibbles, _ in operands):
         scales = data.view(torch.bfloat16).view(-1, 64)
         plain = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=16, rank=2)
         return [*made, TensorDescriptor(scales, list(scales.shape), [64, 1], [1, 64], plain)]
@@ -191,11 +210,11 @@ def _rows(codes: Tensor, box: list[int]) -> Any:  # noqa: ANN401  # a class that
     return TensorDescriptor(codes, list(codes.shape), [codes.shape[1], 1], box, _layout(box, codes.dtype))
 
 
-def _dense(gemm: Gemm, weights: Tensor) -> Any:  # noqa: ANN401
+def _dense(gemm: Gemm, weights: Tensor, wide: int) -> Any:  # noqa: ANN401
     """Describe the arena as overlapping matrices [*, n, k], one from every ALIGN bytes on."""
     n, k, size = gemm.n, gemm.k, weights.itemsize
     slots = -(-weights.numel() * size // ALIGN)
-    box = [1, 128, 128 // size]
+    box = [1, wide, 128 // size]
     return TensorDescriptor(weights, [slots, n, k], [ALIGN // size, k, 1], box, _layout(box, weights.dtype))
 
 

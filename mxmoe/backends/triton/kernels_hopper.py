@@ -25,12 +25,16 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     COLUMNS,
     FIRST,
     HEIGHT,
+    KIND,
     LEAVES,
+    NARROW,
     NIBBLES,
+    POSTS,
     RING,
     ROWS,
     STAGES,
     TALL_BOX,
+    WIDE,
     bands_of,
     next_buffer,
     run,
@@ -48,118 +52,134 @@ def _drain(empty: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr) ->
 
 @gluon.jit
 def _load_run(
-    tall: gl.tuple, low: gl.tuple, weights: gl.tuple, metas: gl.tensor, base_ptr: gl.tensor, ends_ptr: gl.tensor,
-    band_ptr: gl.tensor, bands: gl.tensor, small: gl.tensor, big: gl.tensor, ss: gl.tensor, full: gl.tensor,
-    empty: gl.tensor, tile: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr,
+    tall: gl.tuple, low: gl.tuple, wide: gl.tuple, narrow: gl.tuple, metas: gl.tensor, tables: gl.tuple,
+    ring: gl.tuple, post: gl.tuple, before: gl.tensor, tile: gl.tensor, turn: gl.tensor, s: gl.tensor, phase: gl.tensor,
+    S: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """Fill a ring for this program's tiles of a run; the tile of the next run, and the next buffer."""
-    first, count = bands_of(ends_ptr, S)
+    """Fill a ring for this program's tiles of a run; what `_load` needs for the next run."""
+    first, count = bands_of(tables[1], S)
     last = count * S[COLUMNS]
     xd = tall[S[RING]] if S[HEIGHT] >= TALL_BOX else low[S[RING]]
-    wd = weights[S[RING]]
+    wd = narrow[S[RING]] if S[KIND] == NARROW else wide[S[RING]]
     if tile < last:
-        if S[NIBBLES]:
-            tile, s, phase = load_nibbles(
-                xd, wd, metas, base_ptr, band_ptr, bands, small, big, ss, full, empty, first, count, tile, s, phase, S
+        if S[KIND] == NIBBLES:
+            tile, turn, s, phase = load_nibbles(
+                xd, wd, metas, tables, ring, post, first, count, before, tile, turn, s, phase, S
             )
         else:
-            tile, s, phase = load_dense(
-                xd, wd, base_ptr, band_ptr, bands, small, big, full, empty, first, count, tile, s, phase, S
-            )
-    tile -= last
+            tile, turn, s, phase = load_dense(
+                xd, wd, tables, ring, post, first, count, before, tile, turn, s, phase, S
+            )  # fmt: skip
     if S[LEAVES]:
-        _drain(empty, s, phase, S)
+        _drain(ring[4], s, phase, S)
         s = gl.to_tensor(0)
         phase = gl.to_tensor(1)
-    return tile, s, phase
+    return before + last, tile - last, turn, s, phase
 
 
 @gluon.jit
 def _load(
-    tall: gl.tuple, low: gl.tuple, weights: gl.tuple, metas: gl.tensor, base_ptr: gl.tensor, ends_ptr: gl.tensor,
-    band_ptr: gl.tensor, bands: gl.tensor, small: gl.tensor, big: gl.tensor, ss: gl.tensor, full: gl.tensor,
-    empty: gl.tensor, RUNS: gl.constexpr,
+    tall: gl.tuple, low: gl.tuple, wide: gl.tuple, narrow: gl.tuple, metas: gl.tensor, tables: gl.tuple,
+    ring: gl.tuple, post: gl.tuple, RUNS: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Fill the rings for all tiles of this program."""
+    """Fill the rings for all tiles of this program; the last program that does leaves the counters as they were."""
+    before = gl.to_tensor(0)
     tile = gl.program_id(0)
+    turn = gl.to_tensor(0)
     s = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     for i in gl.static_range(len(RUNS)):
-        tile, s, phase = _load_run(
-            tall, low, weights, metas, base_ptr, ends_ptr, band_ptr, bands, small, big, ss, full, empty,
-            tile, s, phase, run(RUNS, i),
-        )  # fmt: skip
+        before, tile, turn, s, phase = _load_run(
+            tall, low, wide, narrow, metas, tables, ring, post, before, tile, turn, s, phase, run(RUNS, i)
+        )
+    walk_ptr = tables[4]
+    if gl.atomic_add(walk_ptr + 1, 1, sem="relaxed") == gl.num_programs(0) - 1:
+        gl.store(walk_ptr, 0)
+        gl.store(walk_ptr + 1, 0)
 
 
 @gluon.jit
 def _multiply_run(
-    tall: gl.tuple, low: gl.tuple, weights: gl.tuple, arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor,
-    x_scales: gl.tuple, y_ptr: gl.tensor, ends_ptr: gl.tensor, band_ptr: gl.tensor, bands: gl.tensor,
-    small: gl.tensor, big: gl.tensor, ss: gl.tensor, full: gl.tensor, empty: gl.tensor, tile: gl.tensor,
-    s: gl.tensor, phase: gl.tensor, S: gl.constexpr, WG: gl.constexpr,
+    tall: gl.tuple, low: gl.tuple, wide: gl.tuple, arena: gl.tensor, bias_ptr: gl.tensor, x_scales: gl.tuple,
+    y_ptr: gl.tensor, tables: gl.tuple, ring: gl.tuple, post: gl.tuple, before: gl.tensor, tile: gl.tensor,
+    turn: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr, WG: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """Multiply one warpgroup's part of this program's tiles of a run; the tile of the next run, and the next buffer."""
-    first, count = bands_of(ends_ptr, S)
+    """Multiply one warpgroup's part of this program's tiles of a run; what `_multiply` needs for the next run."""
+    first, count = bands_of(tables[1], S)
     last = count * S[COLUMNS]
     xd = tall[S[RING]] if S[HEIGHT] >= TALL_BOX else low[S[RING]]
     x_scale = x_scales[S[ROWS]]
     if tile < last:
-        if S[NIBBLES]:
-            tile, s, phase = multiply_nibbles(
-                xd, weights[S[RING]], arena, base_ptr, bias_ptr, x_scale, y_ptr, band_ptr, bands, small, big, ss,
-                full, empty, first, count, tile, s, phase, S, WG,
+        if S[KIND] == NIBBLES:
+            tile, turn, s, phase = multiply_nibbles(
+                xd, wide[S[RING]], arena, bias_ptr, x_scale, y_ptr, tables, ring, post, first, count, before,
+                tile, turn, s, phase, S, WG,
             )  # fmt: skip
-        elif S[HEIGHT] >= TALL_BOX:
-            tile, s, phase = multiply_tall(
-                xd, arena, base_ptr, bias_ptr, x_scale, y_ptr, band_ptr, bands, small, big, full, empty,
-                first, count, tile, s, phase, S, WG,
+        elif S[KIND] == WIDE:
+            tile, turn, s, phase = multiply_tall(
+                xd, arena, bias_ptr, x_scale, y_ptr, tables, ring, post, first, count, before,
+                tile, turn, s, phase, S, WG,
             )  # fmt: skip
         else:
-            tile, s, phase = multiply_low(
-                xd, arena, base_ptr, bias_ptr, x_scale, y_ptr, band_ptr, bands, small, big, full, empty,
-                first, count, tile, s, phase, S, WG,
+            tile, turn, s, phase = multiply_low(
+                xd, arena, bias_ptr, x_scale, y_ptr, tables, ring, post, first, count, before,
+                tile, turn, s, phase, S, WG,
             )  # fmt: skip
-    tile -= last
     if S[LEAVES]:
         s = gl.to_tensor(0)
         phase = gl.to_tensor(0)
-    return tile, s, phase
+    return before + last, tile - last, turn, s, phase
 
 
 @gluon.jit
 def _multiply(
-    tall: gl.tuple, low: gl.tuple, weights: gl.tuple, arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor,
-    x_scales: gl.tuple, y_ptr: gl.tensor, ends_ptr: gl.tensor, band_ptr: gl.tensor, bands: gl.tensor,
-    small: gl.tensor, big: gl.tensor, ss: gl.tensor, full: gl.tensor, empty: gl.tensor,
-    RUNS: gl.constexpr, WG: gl.constexpr,
+    tall: gl.tuple, low: gl.tuple, wide: gl.tuple, arena: gl.tensor, bias_ptr: gl.tensor, x_scales: gl.tuple,
+    y_ptr: gl.tensor, tables: gl.tuple, ring: gl.tuple, post: gl.tuple, RUNS: gl.constexpr, WG: gl.constexpr,
 ) -> None:  # fmt: skip
     """Multiply one warpgroup's part of all tiles of this program."""
+    before = gl.to_tensor(0)
     tile = gl.program_id(0)
+    turn = gl.to_tensor(0)
     s = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     for i in gl.static_range(len(RUNS)):
-        tile, s, phase = _multiply_run(
-            tall, low, weights, arena, base_ptr, bias_ptr, x_scales, y_ptr, ends_ptr, band_ptr, bands,
-            small, big, ss, full, empty, tile, s, phase, run(RUNS, i), WG,
+        before, tile, turn, s, phase = _multiply_run(
+            tall, low, wide, arena, bias_ptr, x_scales, y_ptr, tables, ring, post, before, tile, turn, s, phase,
+            run(RUNS, i), WG,
         )  # fmt: skip
 
 
 @gluon.jit
+def _post() -> gl.tuple:
+    """Numbers of tiles on their way from the loading warp to both warpgroups, and when they are there and read."""
+    number = gl.allocate_shared_memory(gl.int32, [POSTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    posted = gl.allocate_shared_memory(gl.int64, [POSTS, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [POSTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(POSTS):
+        mbarrier.init(posted.index(i), count=1)
+        mbarrier.init(taken.index(i), count=2)
+    return number, posted, taken
+
+
+@gluon.jit
 def divided_gemm(
-    tall0: gl.tensor, low0: gl.tensor, weights0: gl.tensor, tall1: gl.tensor, low1: gl.tensor, weights1: gl.tensor,
-    tall2: gl.tensor, low2: gl.tensor, weights2: gl.tensor, metas: gl.tensor, arena: gl.tensor, base_ptr: gl.tensor,
-    bias_ptr: gl.tensor, x_scales: gl.tuple, y_ptr: gl.tensor, ends_ptr: gl.tensor, band_ptr: gl.tensor,
-    bands: gl.tensor, RUNS: gl.constexpr,
+    tall0: gl.tensor, low0: gl.tensor, wide0: gl.tensor, narrow0: gl.tensor, tall1: gl.tensor, low1: gl.tensor,
+    wide1: gl.tensor, narrow1: gl.tensor, tall2: gl.tensor, low2: gl.tensor, wide2: gl.tensor, narrow2: gl.tensor,
+    metas: gl.tensor, arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor, x_scales: gl.tuple,
+    y_ptr: gl.tensor, ends_ptr: gl.tensor, band_ptr: gl.tensor, bands: gl.tensor, walk_ptr: gl.tensor,
+    RUNS: gl.constexpr,
 ) -> None:  # fmt: skip
     """
     y[sorted row] = act(W_expert x[sorted row]) for every tile of the runs, each written once.
 
-    Args: for each ring three descriptors, None beyond the last: `tall` and `low` of the sorted rows [*, k], boxes of
-    TALL_BOX and LOW_BOX rows times 128 bytes (64 for 4-bit weights); `weights` of the arena, as overlapping matrices
-    [*, n, k] of the rows' type, one from every SLOT bytes on, in boxes of 128 channels times 128 bytes, or for 4-bit
-    weights as uint8 [*, 64] in boxes of 64. `metas` of the arena as bf16 [*, 64], boxes of one row; `arena` bytes;
+    Args: for each kind of operands four descriptors, None where there is nothing: `tall` and `low` of the sorted rows
+    [*, k], boxes of TALL_BOX and LOW_BOX rows times 128 bytes (64 for 4-bit weights); `wide` and `narrow` of the arena,
+    as overlapping matrices [*, n, k] of the rows' type, one from every SLOT bytes on, in boxes of 128 and 64 channels
+    times 128 bytes, or for 4-bit weights `wide` as uint8 [*, 64] in boxes of 64. `metas` of the arena as bf16 [*, 64],
+    boxes of one row; `arena` bytes;
     `base_ptr` int64 [matrices, lanes, 3]; `bias_ptr` float32 [matrices, lanes, n]; `x_scales` float32 by sorted row,
-    for each kind of rows; `y_ptr` [rows, n]; the tables of the schedule; `RUNS` as `kernels_hopper_ring.FIELDS`.
+    for each kind of rows; `y_ptr` [rows, n]; the tables of the schedule, of
+    which `walk_ptr` two counters; `RUNS` as `kernels_hopper_ring.FIELDS`.
     """
     LAST: gl.constexpr = run(RUNS, -1)
     BARRIERS: gl.constexpr = LAST[FIRST] + LAST[STAGES]
@@ -174,28 +194,17 @@ def divided_gemm(
         mbarrier.init(empty.index(i), count=2)
     tall = (tall0, tall1, tall2)
     low = (low0, low1, low2)
-    weights = (weights0, weights1, weights2)
+    wide = (wide0, wide1, wide2)
+    narrow = (narrow0, narrow1, narrow2)
+    tables = (base_ptr, ends_ptr, band_ptr, bands, walk_ptr)
+    ring = (small, big, ss, full, empty)
+    post = _post()
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (
-                    tall, low, weights, arena, base_ptr, bias_ptr, x_scales, y_ptr, ends_ptr, band_ptr, bands, small,
-                    big, ss, full, empty, RUNS, 0,
-                ),
-            ),
-            (
-                _multiply,
-                (
-                    tall, low, weights, arena, base_ptr, bias_ptr, x_scales, y_ptr, ends_ptr, band_ptr, bands, small,
-                    big, ss, full, empty, RUNS, 1,
-                ),
-            ),
-            (
-                _load,
-                (tall, low, weights, metas, base_ptr, ends_ptr, band_ptr, bands, small, big, ss, full, empty, RUNS),
-            ),
+            (_multiply, (tall, low, wide, arena, bias_ptr, x_scales, y_ptr, tables, ring, post, RUNS, 0)),
+            (_multiply, (tall, low, wide, arena, bias_ptr, x_scales, y_ptr, tables, ring, post, RUNS, 1)),
+            (_load, (tall, low, wide, narrow, metas, tables, ring, post, RUNS)),
         ],
         [4, 1],
         [240, 24],
-    )  # fmt: skip
+    )

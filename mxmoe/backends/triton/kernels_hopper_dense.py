@@ -2,11 +2,13 @@
 """
 Runs of weights as the matrix unit reads them, within `kernels_hopper.divided_gemm`.
 
-A tile has 256 channels, with a gate 128 of each matrix; a step is 128 bytes of k of its weights and rows.
+A step is 128 bytes of k of a tile's weights and rows.
 
-- 128 rows: Y = X W^T, and either warpgroup has 64 of the rows, none to do where the band ends before them.
-- 64 rows: the warpgroups take tiles in turn, so that one multiplies while the other stores.
-- 16 and 32 rows: Y^T = W X^T, since a product has 64 rows at least; either warpgroup has 64 channels of both halves.
+- 128 rows and 256 channels, with a gate 128 of each matrix: Y = X W^T, and either warpgroup has 64 of the rows, none to
+  do where the band ends before them.
+- 64 rows and as many channels: the warpgroups take tiles in turn, so that one multiplies while the other stores.
+- 16 or 32 rows and 128 channels, with a gate 64 of each matrix: Y^T = W X^T, since a product has 64 rows at least; in
+  turn. Weights are read once and little is multiplied, so tiles are narrow: what is left at the end is as long as one.
 """
 
 from __future__ import annotations
@@ -21,46 +23,45 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     FIRST,
     GATED,
     HEIGHT,
-    LOW_BOX,
+    LOW_ROWS,
     STAGES,
     STEP,
-    TALL_BOX,
     K,
     addresses,
     biases_of,
+    fetch,
     find,
     next_buffer,
     scales_of,
     store,
+    take,
 )
 
 
 @gluon.jit
-def rows_in(small: gl.tensor, xd: gl.tensor, BOX: gl.constexpr, S: gl.constexpr) -> gl.tensor:
-    """The ring's rows as boxes of BOX rows, 128 of them to a buffer."""
-    return small._reinterpret(xd.dtype, [S[STAGES] * (128 // BOX), BOX, xd.block_type.shape[1]], xd.layout)
-
-
-@gluon.jit
 def load_dense(
-    xd: gl.tensor, wd: gl.tensor, base_ptr: gl.tensor, band_ptr: gl.tensor, bands: gl.tensor, small: gl.tensor,
-    big: gl.tensor, full: gl.tensor, empty: gl.tensor, first: gl.tensor, count: gl.tensor, tile: gl.tensor,
-    s: gl.tensor, phase: gl.tensor, S: gl.constexpr,
+    xd: gl.tensor, wd: gl.tensor, tables: gl.tuple, ring: gl.tuple, post: gl.tuple, first: gl.tensor, count: gl.tensor,
+    before: gl.tensor, tile: gl.tensor, turn: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """Fill the ring: in each step the rows of a tile and two squares of weights, 128 bytes of k."""
+    base_ptr, _, band_ptr, bands, walk_ptr = tables
+    small, big, _, full, empty = ring
     BYTES: gl.constexpr = xd.dtype.primitive_bitwidth // 8
-    BOX: gl.constexpr = TALL_BOX if S[HEIGHT] >= TALL_BOX else LOW_BOX
+    BOX: gl.constexpr = xd.block_type.shape[0]
+    HELD: gl.constexpr = 512 // S[STAGES] // BOX
     COPIES: gl.constexpr = S[HEIGHT] // BOX
-    xs = rows_in(small, xd, BOX, S)
-    ws = big._reinterpret(wd.dtype, [S[STAGES] * 2, 1, 128, STEP // BYTES], wd.layout)
+    SQUARE: gl.constexpr = wd.block_type.shape[1]
+    xs = small._reinterpret(xd.dtype, [512 // BOX, BOX, STEP // BYTES], xd.layout)
+    ws = big._reinterpret(wd.dtype, [1024 // SQUARE, 1, SQUARE, STEP // BYTES], wd.layout)
     last = count * S[COLUMNS]
     expert, row, _, column = find(tile, first, count, band_ptr, bands, S)
     at, beside = addresses(base_ptr, expert, 0, S)
     while tile < last:
-        tile += gl.num_programs(0)
+        tile = fetch(walk_ptr, post, turn) - before
+        turn += 1
         from_row = row
-        n0 = column * (128 if S[GATED] else 256)
-        n1 = n0 if S[GATED] else n0 + 128
+        n0 = column * (SQUARE if S[GATED] else 2 * SQUARE)
+        n1 = n0 if S[GATED] else n0 + SQUARE
         slot0 = (at // 256).to(gl.int32)
         slot1 = (beside // 256).to(gl.int32)
         expert, row, _, column = find(tile, first, count, band_ptr, bands, S)
@@ -68,14 +69,13 @@ def load_dense(
         for k in range(0, S[K], STEP // BYTES):
             barrier = full.index(S[FIRST] + s)
             mbarrier.wait(empty.index(S[FIRST] + s), phase)
-            mbarrier.expect(barrier, (S[HEIGHT] + 256) * STEP)
+            mbarrier.expect(barrier, (S[HEIGHT] + 2 * SQUARE) * STEP)
             tma.async_copy_global_to_shared(wd, [slot0, n0, k], barrier, ws.index(2 * s))
             tma.async_copy_global_to_shared(wd, [slot1, n1, k], barrier, ws.index(2 * s + 1))
             for i in gl.static_range(COPIES):
-                to = xs.index(s * (128 // BOX) + i)
-                tma.async_copy_global_to_shared(xd, [from_row + i * BOX, k], barrier, to)
+                tma.async_copy_global_to_shared(xd, [from_row + i * BOX, k], barrier, xs.index(s * HELD + i))
             s, phase = next_buffer(s, phase, S)
-    return tile, s, phase
+    return tile, turn, s, phase
 
 
 @gluon.jit
@@ -105,31 +105,20 @@ def _sum_tall(
 @gluon.jit
 def _sum_low(
     xs: gl.tensor, ws: gl.tensor, full: gl.tensor, empty: gl.tensor, s: gl.tensor, phase: gl.tensor,
-    S: gl.constexpr, WG: gl.constexpr, BYTES: gl.constexpr, LAYOUT: gl.constexpr, SUM: gl.constexpr,
+    S: gl.constexpr, BYTES: gl.constexpr, LAYOUT: gl.constexpr, SUM: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """Multiply 64 channels of both halves with the rows of a tile along all of k, as `_sum_tall`."""
+    """Multiply 64 channels of both halves with the rows of a tile along all of k; loading is what takes the time."""
     TALL: gl.constexpr = S[HEIGHT]
-    EVERY: gl.constexpr = 128 // TALL
     a = gl.zeros((64, TALL), SUM, LAYOUT)
     b = gl.zeros((64, TALL), SUM, LAYOUT)
-    mbarrier.wait(full.index(S[FIRST] + s), phase)
-    x = xs.index(s * EVERY).permute((1, 0))
-    a = warpgroup_mma(ws.index(4 * s + WG), x, a, use_acc=False, is_async=True)
-    b = warpgroup_mma(ws.index(4 * s + 2 + WG), x, b, use_acc=False, is_async=True)
-    a, b = warpgroup_mma_wait(2, deps=[a, b])
-    before = s
-    s, phase = next_buffer(s, phase, S)
-    for _ in range(STEP // BYTES, S[K], STEP // BYTES):
+    for _ in range(0, S[K], STEP // BYTES):
         mbarrier.wait(full.index(S[FIRST] + s), phase)
-        x = xs.index(s * EVERY).permute((1, 0))
-        a = warpgroup_mma(ws.index(4 * s + WG), x, a, is_async=True)
-        b = warpgroup_mma(ws.index(4 * s + 2 + WG), x, b, is_async=True)
-        a, b = warpgroup_mma_wait(2, deps=[a, b])
-        mbarrier.arrive(empty.index(S[FIRST] + before), count=1)
-        before = s
+        x = xs.index(s * (LOW_ROWS // TALL)).permute((1, 0))
+        a = warpgroup_mma(ws.index(2 * s), x, a, is_async=True)
+        b = warpgroup_mma(ws.index(2 * s + 1), x, b, is_async=True)
+        a, b = warpgroup_mma_wait(0, deps=[a, b])
+        mbarrier.arrive(empty.index(S[FIRST] + s), count=1)
         s, phase = next_buffer(s, phase, S)
-    a, b = warpgroup_mma_wait(0, deps=[a, b])
-    mbarrier.arrive(empty.index(S[FIRST] + before), count=1)
     return a.to(gl.float32), b.to(gl.float32), s, phase
 
 
@@ -147,12 +136,13 @@ def _pass(
 
 @gluon.jit
 def multiply_tall(
-    xd: gl.tensor, arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor, x_scale: gl.tensor, y_ptr: gl.tensor,
-    band_ptr: gl.tensor, bands: gl.tensor, small: gl.tensor, big: gl.tensor, full: gl.tensor, empty: gl.tensor,
-    first: gl.tensor, count: gl.tensor, tile: gl.tensor, s: gl.tensor, phase: gl.tensor,
-    S: gl.constexpr, WG: gl.constexpr,
+    xd: gl.tensor, arena: gl.tensor, bias_ptr: gl.tensor, x_scale: gl.tensor, y_ptr: gl.tensor, tables: gl.tuple,
+    ring: gl.tuple, post: gl.tuple, first: gl.tensor, count: gl.tensor, before: gl.tensor, tile: gl.tensor,
+    turn: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr, WG: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """Multiply one warpgroup's rows of every tile of 128 rows, or every second tile of 64."""
+    base_ptr, _, band_ptr, bands, _ = tables
+    small, big, _, full, empty = ring
     BYTES: gl.constexpr = xd.dtype.primitive_bitwidth // 8
     SUM: gl.constexpr = gl.int32 if xd.dtype == gl.int8 else gl.float32
     # an int8 product of 256 columns is an instruction that Triton has no name for
@@ -160,24 +150,23 @@ def multiply_tall(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32 // BYTES])
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     HALF: gl.constexpr = WG if S[HEIGHT] == 128 else 0
-    xs = rows_in(small, xd, TALL_BOX, S)
-    ws = big._reinterpret(xd.dtype, [S[STAGES], 256, STEP // BYTES], xd.layout)
+    xs = small._reinterpret(xd.dtype, [8, 64, STEP // BYTES], xd.layout)
+    ws = big._reinterpret(xd.dtype, [4, 256, STEP // BYTES], xd.layout)
     n = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
     m = gl.arange(0, 64, gl.SliceLayout(1, ACC)) + 64 * HALF
     last = count * S[COLUMNS]
     expert1, row1, rows1, column1 = find(tile, first, count, band_ptr, bands, S)
-    turn = gl.to_tensor(WG)
     while tile < last:
         expert, row, rows = expert1, row1, rows1
         n0 = column1 * (128 if S[GATED] else 256)
         n1 = n0 if S[GATED] else n0 + 128
-        tile += gl.num_programs(0)
+        mine = rows > 64 * WG if S[HEIGHT] == 128 else turn % 2 == WG
+        tile = take(post, turn) - before
+        turn += 1
         if BYTES == 1:
             s0, s1 = scales_of(arena, base_ptr, expert, n0, n1, n, S)
             r = gl.load(x_scale + row + m, mask=m < rows, other=0.0)
         expert1, row1, rows1, column1 = find(tile, first, count, band_ptr, bands, S)
-        mine = rows > 64 * WG if S[HEIGHT] == 128 else turn == 0
-        turn ^= 1
         if mine:
             acc, s, phase = _sum_tall(xs, ws, full, empty, s, phase, HALF, S, BYTES, ACC, SUM)
             a, b = gl.split(gl.permute(gl.reshape(acc, (64, 2, 128)), (0, 2, 1)))
@@ -195,46 +184,52 @@ def multiply_tall(
             store(a, b, y_ptr, row, rows, m_out, n_out, n0, n1, 0, OUT, S)
         else:
             s, phase = _pass(full, empty, s, phase, S, BYTES)
-    return tile, s, phase
+    return tile, turn, s, phase
 
 
 @gluon.jit
 def multiply_low(
-    xd: gl.tensor, arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor, x_scale: gl.tensor, y_ptr: gl.tensor,
-    band_ptr: gl.tensor, bands: gl.tensor, small: gl.tensor, big: gl.tensor, full: gl.tensor, empty: gl.tensor,
-    first: gl.tensor, count: gl.tensor, tile: gl.tensor, s: gl.tensor, phase: gl.tensor,
-    S: gl.constexpr, WG: gl.constexpr,
+    xd: gl.tensor, arena: gl.tensor, bias_ptr: gl.tensor, x_scale: gl.tensor, y_ptr: gl.tensor, tables: gl.tuple,
+    ring: gl.tuple, post: gl.tuple, first: gl.tensor, count: gl.tensor, before: gl.tensor, tile: gl.tensor,
+    turn: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr, WG: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """Multiply channels 64 * WG to 64 * WG + 63 of both halves of every tile of 16 or 32 rows."""
+    """Multiply every second tile of 16 or 32 rows."""
+    base_ptr, _, band_ptr, bands, _ = tables
+    small, big, _, full, empty = ring
     BYTES: gl.constexpr = xd.dtype.primitive_bitwidth // 8
     SUM: gl.constexpr = gl.int32 if xd.dtype == gl.int8 else gl.float32
     TALL: gl.constexpr = S[HEIGHT]
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TALL, 32 // BYTES])
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
-    xs = rows_in(small, xd, TALL, S)
-    ws = big._reinterpret(xd.dtype, [S[STAGES] * 4, 64, STEP // BYTES], xd.layout)
+    xs = small._reinterpret(xd.dtype, [512 // TALL, TALL, STEP // BYTES], xd.layout)
+    ws = big._reinterpret(xd.dtype, [16, 64, STEP // BYTES], xd.layout)
     n = gl.arange(0, 64, gl.SliceLayout(1, ACC))
     m = gl.arange(0, TALL, gl.SliceLayout(0, ACC))
     last = count * S[COLUMNS]
     expert1, row1, rows1, column1 = find(tile, first, count, band_ptr, bands, S)
     while tile < last:
         expert, row, rows = expert1, row1, rows1
-        n0 = column1 * (128 if S[GATED] else 256) + 64 * WG
-        n1 = n0 if S[GATED] else n0 + 128
-        tile += gl.num_programs(0)
+        n0 = column1 * (64 if S[GATED] else 128)
+        n1 = n0 if S[GATED] else n0 + 64
+        mine = turn % 2 == WG
+        tile = take(post, turn) - before
+        turn += 1
         if BYTES == 1:
             s0, s1 = scales_of(arena, base_ptr, expert, n0, n1, n, S)
             r = gl.load(x_scale + row + m, mask=m < rows, other=0.0)
         expert1, row1, rows1, column1 = find(tile, first, count, band_ptr, bands, S)
-        a, b, s, phase = _sum_low(xs, ws, full, empty, s, phase, S, WG, BYTES, ACC, SUM)
-        if BYTES == 1:
-            a = a * r[None, :] * s0[:, None]
-            b = b * r[None, :] * s1[:, None]
-        if S[BIAS]:
-            b0, b1 = biases_of(bias_ptr, expert, n0, n1, n, S)
-            a = a + b0[:, None]
-            b = b + b1[:, None]
-        m_out = gl.arange(0, TALL, gl.SliceLayout(0, OUT))
-        n_out = gl.arange(0, 64, gl.SliceLayout(1, OUT))
-        store(a, b, y_ptr, row, rows, m_out, n_out, n0, n1, 1, OUT, S)
-    return tile, s, phase
+        if mine:
+            a, b, s, phase = _sum_low(xs, ws, full, empty, s, phase, S, BYTES, ACC, SUM)
+            if BYTES == 1:
+                a = a * r[None, :] * s0[:, None]
+                b = b * r[None, :] * s1[:, None]
+            if S[BIAS]:
+                b0, b1 = biases_of(bias_ptr, expert, n0, n1, n, S)
+                a = a + b0[:, None]
+                b = b + b1[:, None]
+            m_out = gl.arange(0, TALL, gl.SliceLayout(0, OUT))
+            n_out = gl.arange(0, 64, gl.SliceLayout(1, OUT))
+            store(a, b, y_ptr, row, rows, m_out, n_out, n0, n1, 1, OUT, S)
+        else:
+            s, phase = _pass(full, empty, s, phase, S, BYTES)
+    return tile, turn, s, phase

@@ -28,10 +28,12 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     N,
     addresses,
     biases_of,
+    fetch,
     find,
     next_buffer,
     scales_of,
     store,
+    take,
 )
 
 INT8_STEP = gl.constexpr(2.0**-4)
@@ -68,11 +70,13 @@ def codes_in(small: gl.tensor, wd: gl.tensor, S: gl.constexpr) -> gl.tensor:
 
 @gluon.jit
 def load_nibbles(
-    xd: gl.tensor, wd: gl.tensor, sd: gl.tensor, base_ptr: gl.tensor, band_ptr: gl.tensor, bands: gl.tensor,
-    small: gl.tensor, big: gl.tensor, ss: gl.tensor, full: gl.tensor, empty: gl.tensor,
-    first: gl.tensor, count: gl.tensor, tile: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr,
+    xd: gl.tensor, wd: gl.tensor, sd: gl.tensor, tables: gl.tuple, ring: gl.tuple, post: gl.tuple,
+    first: gl.tensor, count: gl.tensor, before: gl.tensor, tile: gl.tensor, turn: gl.tensor, s: gl.tensor,
+    phase: gl.tensor, S: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """Fill the ring: in each step a unit of two blocks of weights, its scales, and both halves of its rows."""
+    base_ptr, _, band_ptr, bands, walk_ptr = tables
+    small, big, ss, full, empty = ring
     UNITS: gl.constexpr = (S[K] + 127) // 128
     BLOCKS: gl.constexpr = (S[N] + 63) // 64
     BYTES: gl.constexpr = S[HEIGHT] * 128 + 2 * 64 * 64 + (256 if S[GROUP] else 0)
@@ -85,7 +89,8 @@ def load_nibbles(
     at, beside = addresses(base_ptr, expert, 0, S)
     scale_at, scale_beside = addresses(base_ptr, expert, 1, S)
     while tile < last:
-        tile += gl.num_programs(0)
+        tile = fetch(walk_ptr, post, turn) - before
+        turn += 1
         from_row = row
         b0 = column * (1 if S[GATED] else 2)
         b1 = b0 if S[GATED] else gl.minimum(b0 + 1, BLOCKS - 1)
@@ -110,7 +115,7 @@ def load_nibbles(
                     to = xs.index((2 * s + half) * (128 // BOX) + i)
                     tma.async_copy_global_to_shared(xd, [from_row + i * BOX, unit * 128 + half * 64], barrier, to)
             s, phase = next_buffer(s, phase, S)
-    return tile, s, phase
+    return tile, turn, s, phase
 
 
 @gluon.jit
@@ -228,12 +233,13 @@ def _tile_nibbles(
 
 @gluon.jit
 def multiply_nibbles(
-    xd: gl.tensor, wd: gl.tensor, arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor, x_scale: gl.tensor,
-    y_ptr: gl.tensor, band_ptr: gl.tensor, bands: gl.tensor, small: gl.tensor, big: gl.tensor, ss: gl.tensor,
-    full: gl.tensor, empty: gl.tensor, first: gl.tensor, count: gl.tensor, tile: gl.tensor, s: gl.tensor,
-    phase: gl.tensor, S: gl.constexpr, WG: gl.constexpr,
+    xd: gl.tensor, wd: gl.tensor, arena: gl.tensor, bias_ptr: gl.tensor, x_scale: gl.tensor, y_ptr: gl.tensor,
+    tables: gl.tuple, ring: gl.tuple, post: gl.tuple, first: gl.tensor, count: gl.tensor, before: gl.tensor,
+    tile: gl.tensor, turn: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr, WG: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """Multiply channels 32 * WG to 32 * WG + 31 of both halves of every tile."""
+    base_ptr, _, band_ptr, bands, _ = tables
+    small, big, ss, full, empty = ring
     xs = rows_in(big, xd, S[HEIGHT], S)
     ws = codes_in(small, wd, S)
     flat = ss._reinterpret(gl.bfloat16, [S[STAGES] * 2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -243,10 +249,11 @@ def multiply_nibbles(
         expert, row, rows = expert1, row1, rows1
         n0 = column1 * (64 if S[GATED] else 128) + 32 * WG
         n1 = n0 if S[GATED] else n0 + 64
-        tile += gl.num_programs(0)
+        tile = take(post, turn) - before
+        turn += 1
         expert1, row1, rows1, column1 = find(tile, first, count, band_ptr, bands, S)
         s, phase = _tile_nibbles(
             arena, base_ptr, bias_ptr, x_scale, y_ptr, xs, ws, flat, full, empty, s, phase, expert, row, rows, n0, n1,
             S, WG, S[HEIGHT],
         )  # fmt: skip
-    return tile, s, phase
+    return tile, turn, s, phase

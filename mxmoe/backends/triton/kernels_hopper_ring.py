@@ -2,8 +2,10 @@
 """
 What the divided kernels share: what a run of tiles is compiled for, which tile is next, and where its numbers lie.
 
-A *run* is the tiles of one class of the schedule. Every warp of a program walks the same runs in the same order; `tile`
-counts on from one run to the next, so that programs which had one tile less in a run are the first in the next one.
+A *run* is the tiles of one class of the schedule. The first tile of a program is that of its number; then its loading
+warp fetches the number of the next one, counted over all runs, from a counter in memory, so that programs whose memory
+is slower get fewer, and posts it to the warpgroups. The warps of a program so walk the same tiles in the same order.
+Within a run `tile` counts from the run's first; what is left when the run is over is a tile of the next one.
 """
 
 from __future__ import annotations
@@ -11,16 +13,17 @@ from __future__ import annotations
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from mxmoe.backends.triton.kernels import act
 
 FIELDS = (
     *("n", "k", "lanes", "grouping", "gated", "bias", "act", "p", "q"),
-    *("nibbles", "height", "place", "columns", "group", "rows", "ring", "first_barrier", "stages", "leaves"),
+    *("kind", "height", "place", "columns", "group", "rows", "ring", "first_barrier", "stages", "leaves"),
 )
 """
 What a run is compiled for. The launch: matrix, experts, bands that share columns, whether there are two matrices and a
-bias, the nonlinearity with its two numbers. The run: 4-bit weights or not, rows of a tile, place of its class, tiles of
+bias, the nonlinearity with its two numbers. The run: which body, rows of a tile, place of its class, tiles of
 a band, channels of a group (0: none), kind of rows, ring of buffers, the ring's first barrier, its buffers, and whether
 the next run uses the memory for another ring.
 """
@@ -33,7 +36,7 @@ BIAS = gl.constexpr(5)
 ACT = gl.constexpr(6)
 ACT_P = gl.constexpr(7)
 ACT_Q = gl.constexpr(8)
-NIBBLES = gl.constexpr(9)
+KIND = gl.constexpr(9)
 HEIGHT = gl.constexpr(10)
 PLACE = gl.constexpr(11)
 COLUMNS = gl.constexpr(12)
@@ -49,6 +52,14 @@ STEP = gl.constexpr(128)
 TALL_BOX = gl.constexpr(64)
 LOW_BOX = gl.constexpr(16)
 """Rows that one copy brings, of tiles of 64 and 128 rows and of those of 16 and 32."""
+LOW_ROWS = gl.constexpr(64)
+"""Rows that a buffer of `multiply_low` has room for."""
+WIDE = gl.constexpr(0)
+NARROW = gl.constexpr(1)
+NIBBLES = gl.constexpr(2)
+"""Bodies: dense weights in tall tiles and in low ones, and 4-bit weights."""
+POSTS = gl.constexpr(4)
+"""Numbers of tiles that may be on their way to the warpgroups."""
 SLOT = gl.constexpr(256)
 """Bytes; every payload in the arena begins at a multiple."""
 
@@ -64,6 +75,29 @@ def bands_of(ends_ptr: gl.tensor, S: gl.constexpr) -> gl.tensor:
     """First band and number of bands of a run."""
     first = gl.load(ends_ptr + S[PLACE])
     return first, gl.load(ends_ptr + S[PLACE] + 1) - first
+
+
+@gluon.jit
+def fetch(walk_ptr: gl.tensor, post: gl.tuple, turn: gl.tensor) -> gl.tensor:
+    """Fetch the number of this program's next tile, and post it as the `turn`-th."""
+    number, posted, taken = post
+    slot = turn % POSTS
+    tile = gl.num_programs(0) + gl.atomic_add(walk_ptr, 1, sem="relaxed")
+    mbarrier.wait(taken.index(slot), ((turn // POSTS) & 1) ^ 1)
+    number.index(slot).store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(posted.index(slot), count=1)
+    return tile
+
+
+@gluon.jit
+def take(post: gl.tuple, turn: gl.tensor) -> gl.tensor:
+    """Give the `turn`-th number that was posted to this warpgroup."""
+    number, posted, taken = post
+    slot = turn % POSTS
+    mbarrier.wait(posted.index(slot), (turn // POSTS) & 1)
+    tile = gl.max(number.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(taken.index(slot), count=1)
+    return tile
 
 
 @gluon.jit

@@ -124,7 +124,7 @@ def _tables(
     if part == 0:
         tl.store(words_ptr + e, counts, mask=e < LANES)
         tl.store(words_ptr + EP + e, offsets, mask=e <= LANES)
-        tl.store(band_ptr + 3 * (bands0 + bands1) + tl.arange(0, 4), tl.zeros([4], tl.int32))
+        tl.store(band_ptr + 3 * (bands0 + bands1) + tl.arange(0, 8), tl.zeros([8], tl.int32))
     class_ptr = constants_ptr + SETS * EP
     _bands(counts, offsets, constants_ptr, class_ptr, ends_ptr, band_ptr, bands0, part, parts, EP, CP)
     if SETS == 2:

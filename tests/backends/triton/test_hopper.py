@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import groupby
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ heights = st.sets(st.sampled_from(hopper.HEIGHTS), min_size=1).map(sorted).map(t
 def test_tiles_are_those_the_kernel_is_written_for(
     names: list[str], gated: bool, width: int, tall: tuple[int, ...]
 ) -> None:
-    names = [*names, NIBBLES[width % len(NIBBLES)]] if len(set(names)) < hopper.MOST_RINGS else names
+    names = [*names, NIBBLES[width % len(NIBBLES)]] if len(set(names)) < hopper.MOST_OPERANDS else names
     gemm = gemm_of(tuple(names), n=64 * width, gated=gated)
     config = hopper.config_for(gemm, tall)
     assert config is not None
@@ -61,17 +61,18 @@ def test_a_ring_is_left_before_its_memory_is_another(names: list[str], tall: tup
     gemm = gemm_of(tuple(names))
     config = hopper.config_for(gemm, tall)
     if config is None:
-        assert len(hopper.rings_of(gemm)) > hopper.MOST_RINGS
+        assert len(hopper.operands_of(gemm)) > hopper.MOST_OPERANDS
         return
     matrices = Matrices(gemm, allocate_arena(256, 512, gemm.schemes, 2, "cpu"), None)
     runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper.runs(matrices, config, Epilogue("silu"))]
-    assert [run["place"] for run in runs] == list(range(len(config.shapes) * len(tall)))
+    assert sorted(run["place"] for run in runs) == list(range(len(config.shapes) * len(tall)))
+    rings = [(run["kind"], run["rows"]) for run in runs]
+    assert len(list(groupby(rings))) == len(set(rings))
     free = 0
-    for before, run in pairwise([None, *runs]):
-        same = before is not None and before["ring"] == run["ring"]
-        free += 0 if same or before is None else before["stages"]
+    for before, run, ring, ring_before in zip([None, *runs], runs, rings, [None, *rings], strict=False):
+        free += before["stages"] if before is not None and ring != ring_before else 0
         assert run["first_barrier"] == free
-        assert before is None or before["leaves"] == (not same)
+        assert before is None or before["leaves"] == (ring != ring_before)
     assert not runs[-1]["leaves"]
 
 
