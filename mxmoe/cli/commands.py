@@ -102,6 +102,7 @@ def _add_eval(commands: _Commands) -> None:
     parser.add_argument("--weight-bits", type=_limit, metavar="BITS", help="average effective bits per weight")
     parser.add_argument("--r", type=float, default=0.75, help="minimise loss^r * time^(1-r) (default: 0.75)")
     parser.add_argument("--quantizer", default="rtn", metavar="NAME", help="(default: rtn)")
+    parser.add_argument("--sensitivity", default="squared", metavar="NAME", help="(default: squared)")
     parser.add_argument("--rotate-down", type=int, metavar="N", help="rotate N channels together on their way to down")
     parser.add_argument("--target", default="eager", metavar="NAME", help="(default: eager)")
     parser.add_argument("--text", metavar="FILE", help="UTF-8, or token ids in a .bin (default: DIR/held_out.bin)")
@@ -124,7 +125,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         raise BadUsage(reason="--plan says every scheme; leave --schemes and --weight-bits out", program="mxmoe eval")
     from mxmoe.evaluate.evaluation import Request, evaluate_folder
 
-    names = ("target", "weight_bits", "plan", "r", "quantizer", "rotate_down")
+    names = ("target", "weight_bits", "plan", "r", "quantizer", "sensitivity", "rotate_down")
     schemes = arguments.schemes.split(",") if arguments.schemes else None
     request = Request(schemes=schemes, **{name: getattr(arguments, name) for name in names})
     names = ("text", "calibration", "tokens", "calibration_tokens", "window", "batch", "device", "quiet")

@@ -48,6 +48,7 @@ class Request:
     plan: Plan | str | os.PathLike[str] | None = None
     r: float = 0.75
     quantizer: str = "rtn"
+    sensitivity: str = "squared"
     rotate_down: int | None = None
 
     @property
@@ -251,6 +252,7 @@ def _compile(model: nn.Module, request: Request, inputs: list[Tensor] | None, qu
         plan=request.plan,
         r=request.r,
         quantizer=request.quantizer,
+        sensitivity=request.sensitivity,
         rotate_down=request.rotate_down,
         quiet=quiet,
     )

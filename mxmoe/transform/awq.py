@@ -49,6 +49,9 @@ def awq(
     its experts with as many tokens as they have; it goes into the norm in front of the block. What down reads is each
     expert's own, with an alpha of its own, and goes into its up.
 
+    Memory, beside the module: `rows` rows of every expert of every block, and while scales are tried a few float32
+    copies of 2^26 weights, or of one linear.
+
     Args:
         model: a whole model, or a decoder layer; of a block alone only `down` can be folded.
         inputs: calibration data, as for `mxmoe.observe`.

@@ -169,6 +169,14 @@ def test_the_command(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert figures["compiled"]["plan"]["effective_bits"] <= 6
 
 
+def test_a_sensitivity_by_name_and_experts_that_go(qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", str(qwen), "--device", "cpu", "--quiet", "--weight-bits", "4", "--schemes", "w0,w4a16_g32_asym"]
+    assert main([*words, "--sensitivity", "fisher", "--r", "1"]) == 0
+    assert "w0 x " in capsys.readouterr().out
+    assert main([*words, "--sensitivity", "fishr"]) == 2
+    assert "did you mean fisher?" in capsys.readouterr().err
+
+
 def test_a_plan_is_applied(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import mxmoe
     from mxmoe.evaluate.folder import load_folder
