@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from mxmoe.backends.triton.executable import Bank, TritonExecutable
 from mxmoe.backends.triton.joint import JOINED, Joint
 from mxmoe.backends.triton.launch import FUSED, TURNS, Matrices
 from mxmoe.backends.triton.layout import allocate_arena, arena_bytes, put
+from mxmoe.backends.triton.native import Int4Experts, has_int4_units, native_schemes
 from mxmoe.backends.triton.tiles import Gemm
 from mxmoe.errors import BadWeightShape
 from mxmoe.ir import Bank as BankOps
 from mxmoe.ir import GroupGemmOp, MoeOp, Scheme, banks
+from mxmoe.quant import Quantized
 from mxmoe.target import WeightSource
 
 
@@ -31,7 +33,8 @@ class Builder:
     def block(self) -> TritonExecutable:
         """Pack every bank."""
         found = banks(self.moe)
-        if not can_join(found):
+        apart = [self.gemm(op, bank).apart for bank in found.values() for op in gemms_of(bank)]
+        if any(apart) or not can_join(found):
             made = {name: self.bank(bank, [self.device] * len(bank.gemms)) for name, bank in found.items()}
             return TritonExecutable(self.moe.block, self.moe.hidden, made)
         # matrices that one launch reads lie in one room
@@ -46,7 +49,7 @@ class Builder:
     def bank(self, bank: BankOps, rooms: Sequence[torch.device | Tensor]) -> Bank:
         """Pack the GEMMs of a bank, gate before up, each in its room."""
         gemms = gemms_of(bank)
-        packed = [self.matrices(gemm, room) for gemm, room in zip(gemms, rooms, strict=True)]
+        packed = [self.matrices(op, self.gemm(op, bank), room) for op, room in zip(gemms, rooms, strict=True)]
         return Bank(
             experts=bank.experts,
             entries=tuple(packed[:-1]),
@@ -63,23 +66,44 @@ class Builder:
         assert op.choice is not None, f"{op.role} of {self.moe.block} is lowered"
         return tuple(self.moe.candidates[int(index)] for index in op.choice.array)
 
-    def matrices(self, op: GroupGemmOp, room: torch.device | Tensor) -> Matrices:
+    def gemm(self, op: GroupGemmOp, bank: BankOps) -> Gemm:
+        """Say what is multiplied, and which of its schemes INT4 units of the device run."""
+        gemm = Gemm(op.n, op.k, self.schemes(op), gated=len(op.weights) == 2)
+        if not has_int4_units(self.device):
+            return gemm
+        is_fused = op.role != "down" and len(gemms_of(bank)) == 2
+        return replace(gemm, apart=native_schemes(gemm, bank.act.kind if is_fused else "none"))
+
+    def matrices(self, op: GroupGemmOp, gemm: Gemm, room: torch.device | Tensor) -> Matrices:
         """
         Quantize and pack the weights of one GEMM.
 
         Raises:
             BadWeightShape: a weight is not what the module says.
         """
-        schemes = self.schemes(op)
-        arena = allocate_arena(op.n, op.k, schemes, len(op.weights), room)
-        for number, name in enumerate(op.weights):
-            for expert, scheme in enumerate(schemes):
-                q = self.weights.quantized(name, expert, scheme)
-                if (q.n, q.k) != (op.n, op.k):
-                    raise BadWeightShape(name=f"{name}[{expert}]", found=[q.n, q.k], wanted=[op.n, op.k])
+        bias = self.bias(op)
+        arena = allocate_arena(op.n, op.k, gemm.schemes, len(op.weights), room, gemm.apart)
+        int4 = {scheme: Int4Experts.allocate(gemm, scheme, bias, self.device) for scheme in gemm.apart}
+        for expert, scheme in enumerate(gemm.schemes):
+            found = [self.weight(op, name, expert, scheme) for name in op.weights]
+            if scheme in int4:
+                int4[scheme].put(expert, found)
+                continue
+            for number, q in enumerate(found):
                 put(arena, number, expert, q)
-        gemm = Gemm(op.n, op.k, schemes, gated=len(op.weights) == 2)
-        return Matrices(gemm, arena, self.bias(op))
+        return Matrices(gemm, arena, bias, tuple(int4.values()))
+
+    def weight(self, op: GroupGemmOp, name: str, expert: int, scheme: Scheme) -> Quantized:
+        """
+        Quantize one matrix.
+
+        Raises:
+            BadWeightShape: it is not what the module says.
+        """
+        q = self.weights.quantized(name, expert, scheme)
+        if (q.n, q.k) != (op.n, op.k):
+            raise BadWeightShape(name=f"{name}[{expert}]", found=[q.n, q.k], wanted=[op.n, op.k])
+        return q
 
     def bias(self, op: GroupGemmOp) -> Tensor | None:
         """Biases of all weights, float32 [matrices, experts, n], or None."""

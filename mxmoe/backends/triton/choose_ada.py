@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from triton import knobs
 
+from mxmoe.backends.triton import int4
 from mxmoe.backends.triton.choose import by_rule, mean_rows
 from mxmoe.backends.triton.layout import body_of, unit_channels
 from mxmoe.backends.triton.tiles import Config, Gemm, Shape
@@ -49,7 +50,9 @@ def config_for(gemm: Gemm, tokens: int, top_k: int, device: torch.device, *, is_
     """
     arch = arch_of(device)
     divides = not is_plain and arch == 90 and _divides(device)
-    return choose(gemm, tokens, top_k, arch, tuned_for(device), divides=divides)
+    # what a device was measured with says nothing of the kernels that it is told to take for another
+    tuned = None if knobs.runtime.override_arch else tuned_for(device)
+    return choose(gemm, tokens, top_k, arch, tuned, divides=divides)
 
 
 def _divides(device: torch.device) -> bool:
@@ -112,10 +115,11 @@ def ada_config(gemm: Gemm, rows: float) -> Config:
     operations decide, and eight warps share a tile.
     """
     regime = sum(rows > most for most in REGIMES)
-    longest = max(_unit(scheme) for scheme in gemm.distinct)
+    together = [scheme for scheme in gemm.distinct if scheme not in gemm.apart]
+    longest = max(map(_unit, together), default=128)
     warps = 4 if regime < 2 and longest <= 256 else 8
     shapes = tuple((str(scheme), _shape(scheme, gemm, regime)) for scheme in gemm.distinct)
-    wants_all = longest > 128 or (regime > 2 and any(map(_has_partial_sums, gemm.distinct)))
+    wants_all = longest > 128 or (regime > 2 and any(map(_has_partial_sums, together)))
     return Config(warps, shapes, registers=REGISTERS if wants_all else None)
 
 
@@ -125,8 +129,10 @@ def _shape(scheme: Scheme, gemm: Gemm, regime: int) -> Shape:
 
     2 and 3-bit weights go by 256 and 512 channels, whose rows fill the memory and whose codes the registers; quantized
     activations in groups have two sums for each output, and twice as many with a gate; small groups have many scales:
-    none of these holds 128 rows.
+    none of these holds 128 rows. Sums of INT4 units lie as `kernels_int4` has them, and all heights fit.
     """
+    if scheme in gemm.apart:
+        return Shape(HEIGHTS[regime], int4.WIDTH // (1 + gemm.gated), int4.STEP, int4.STAGES)
     unit = _unit(scheme)
     has_many_scales = scheme.group_size is not None and scheme.group_size < 128
     is_low = unit > 128 or has_many_scales or (gemm.gated and _has_partial_sums(scheme))

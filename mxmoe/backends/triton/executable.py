@@ -22,10 +22,10 @@ from mxmoe.backends.triton.launch import (
     reads_sorted,
     room_for_tables,
     run_combine,
-    run_gemm,
     sort_rows,
 )
 from mxmoe.backends.triton.mode import interpreting
+from mxmoe.backends.triton.native import multiply
 from mxmoe.backends.triton.op import hold
 from mxmoe.backends.triton.schedule import allocate, build
 from mxmoe.backends.triton.tiles import Config, classes_of
@@ -68,8 +68,7 @@ class Bank:
     @property
     def nbytes(self) -> int:
         """Bytes of weights, scales, zero points and biases."""
-        held = sum(one.arena.data.nbytes for one in self.gemms)
-        return held + sum(0 if one.bias is None else one.bias.nbytes for one in self.gemms)
+        return sum(one.nbytes for one in self.gemms)
 
     def between(self, hidden: torch.dtype) -> torch.dtype:
         """Type in which down's input waits: the tokens', or float32 where that is coarser than what down multiplies."""
@@ -91,7 +90,9 @@ class Bank:
         device = self.down.arena.data.device
         plain = not (self.is_fused and self.entries[0].gemm.gated)
         entries = (config_for(one.gemm, tokens, top_k, device, is_plain=plain).whole() for one in self.entries)
-        return (*entries, config_for(self.down.gemm, tokens, top_k, device))
+        down = config_for(self.down.gemm, tokens, top_k, device)
+        # a launch on INT4 units has no parts
+        return (*entries, down.whole() if self.down.int4 else down)
 
     def tables(self, tokens: int, top_k: int, configs: tuple[Config, ...]) -> Tables:
         """Make room for the schedule of entry and down."""
@@ -108,8 +109,8 @@ class Bank:
         Run checked tokens [tokens, hidden] through their experts.
 
         Returns:
-            What the steps made: `act` and `down` by sorted row, `out` [tokens, hidden]; `gate` and `up` where they
-            were made apart.
+            What the steps made: `act` by sorted row, `down` [parts of k, sorted rows, hidden], `out` [tokens, hidden];
+            `gate` and `up` where they were made apart.
         """
         tables = self.tables(len(index), index.shape[1], configs)
         rows = tables.dispatch.rows
@@ -120,13 +121,13 @@ class Bank:
             epilogue = Epilogue(self.act, tuple(self.act_params.values()))
             is_sorted = reads_sorted(configs[0])
             read = begin(tables, index, hidden, kinds, is_sorted=is_sorted)
-            run_gemm(self.entries[0], configs[0], read, tables, 0, act, epilogue, gather=not is_sorted)
+            multiply(self.entries[0], configs[0], read, tables, 0, act, epilogue, gather=not is_sorted, x=hidden)
             made["act"] = act[0]
         else:
             build(tables, index)
             made |= self._apart(hidden, index, configs, tables)
         down = self._down(made["act"], tables, configs[-1])
-        made |= {"down": down[0] if len(down) == 1 else down.sum(0), "out": torch.empty_like(hidden)}
+        made |= {"down": down, "out": torch.empty_like(hidden)}
         run_combine(down, tables.table("place_of"), weights, made["out"], index.shape[1])
         return made
 
@@ -138,7 +139,7 @@ class Bank:
             y = torch.empty((1, tables.dispatch.rows, one.gemm.n), dtype=torch.float32, device=hidden.device)
             is_sorted, kinds = reads_sorted(config), one.gemm.row_kinds
             read = sort_rows(mine, hidden, kinds) if is_sorted else make_rows(hidden, kinds)
-            run_gemm(one, config, read, mine, 0, y, Epilogue(), gather=not is_sorted)
+            multiply(one, config, read, mine, 0, y, Epilogue(), gather=not is_sorted, x=hidden)
             sums.append(y[0])
         gate, up = (sums[0], sums[1]) if len(sums) == 2 else (None, sums[0])
         act = act_in_torch(self.act, self.act_params, gate, up).to(self.between(hidden.dtype))
@@ -156,7 +157,7 @@ class Bank:
         dtype = torch.float32 if parts > 1 else act.dtype
         y = torch.empty((parts, tables.dispatch.rows, gemm.n), dtype=dtype, device=act.device)
         read = make_rows(act, gemm.row_kinds, self.turn)
-        run_gemm(self.down, config, read, tables, 1, y, Epilogue(), gather=False)
+        multiply(self.down, config, read, tables, 1, y, Epilogue(), gather=False, x=act, turn=self.turn)
         return y
 
 
@@ -180,7 +181,7 @@ class TritonExecutable:
         for bank in self.banks.values():
             for one, names in zip(bank.gemms, bank.names, strict=True):
                 if name in names:
-                    return pack(one.arena.read(names.index(name), expert))
+                    return pack(one.read(names.index(name), expert))
         raise KeyError(name)
 
     def bias(self, name: str) -> Tensor:
@@ -268,6 +269,7 @@ class TritonExecutable:
         configs = compiled.configs(*top_k_index.shape)
         args = (hidden.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous())
         made = compiled.apart().run(*args, configs if compiled.is_apart else (configs[0], *configs))
+        made["down"] = made["down"].sum(0)
         real = int((top_k_index < compiled.experts).sum())
         return {role: y.float() if role == "out" else y[:real].float() for role, y in made.items()}
 

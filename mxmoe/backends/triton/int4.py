@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxmoe.backends.triton.dispatch import Tables
 from mxmoe.backends.triton.int4_pack import (
     STEP,
     ZERO_CODE,
@@ -19,8 +20,9 @@ from mxmoe.backends.triton.int4_pack import (
     unpair,
 )
 from mxmoe.backends.triton.kernels_int4 import int4_kernel
-from mxmoe.backends.triton.schedule import Tables
+from mxmoe.backends.triton.mode import programs_at_once
 from mxmoe.errors import BadInt4
+from mxmoe.quant import ACT_PARAMS, apply_act
 
 WIDTH = 128
 """Output channels of a tile, gate and up counted apart."""
@@ -110,7 +112,7 @@ def int4_group_gemm(
     if reason:
         raise BadInt4(reason=reason)
     if programs is None:
-        programs = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count
+        programs = 2 * programs_at_once(x.device)
     kernel: Any = int4_kernel  # typed by its decorator as what it is not
     kernel[(programs,)](
         *(x, x_scale, weights.words, weights.scale, weights.scale if bias is None else bias, out),
@@ -155,7 +157,7 @@ def int4_group_gemm_torch(
     bias: Tensor | None = None,
     options: Int4Options = PLAIN,
 ) -> None:
-    """`int4_group_gemm` by the definition, band after band; of activations it knows silu, which is enough to test."""
+    """`int4_group_gemm` by the definition, band after band."""
     matrices = unpack_int4(weights)
     ends = bands.class_band.tolist()
     for place, _ in bands.classes:
@@ -170,9 +172,9 @@ def int4_group_gemm_torch(
             if bias is not None:
                 y += unpack_channels(bias[slot], weights.n)
             if options.act is not None:
-                assert options.act == "silu", f"{options.act=}"
                 gate, up = unpair(y)
-                y = torch.nn.functional.silu(gate) * up
+                params = dict(zip(ACT_PARAMS.get(options.act, ()), options.params, strict=False))
+                y = apply_act(options.act, gate, up, params)
             out[first : first + count] = y.to(out.dtype)
 
 

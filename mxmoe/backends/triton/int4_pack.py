@@ -93,6 +93,14 @@ def pack_int4(weights: Sequence[Quantized]) -> PackedInt4:
     return PackedInt4(first.scheme, first.n, first.k, words, pack_channels(scale))
 
 
+def allocate_int4(scheme: Scheme, n: int, k: int, experts: int, device: torch.device | str) -> PackedInt4:
+    """Make room for the weights [n, k] of some experts; what lies in it is undefined."""
+    fragments, steps = -(-n // 16), -(-k // STEP)
+    groups, dtype = (1, torch.float32) if scheme.group_size is None else (steps, torch.bfloat16)
+    words = torch.empty((experts, fragments, steps, 2, 32, 4), dtype=torch.int32, device=device)
+    return PackedInt4(scheme, n, k, words, torch.empty((experts, groups, fragments * 16), dtype=dtype, device=device))
+
+
 def unpack_int4(packed: PackedInt4) -> list[Quantized]:
     """Undo `pack_int4`, bit for bit."""
     fields = packed.words.unflatten(-1, (2, 2)).unflatten(-3, (8, 4))  # e f s h g t q rh

@@ -8,7 +8,7 @@ units of 64 bytes a row, so that what a program loads together lies together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -202,10 +202,19 @@ class Arena:
 
 
 def allocate_arena(
-    n: int, k: int, schemes: Sequence[Scheme], matrices: int, room: torch.device | str | Tensor
+    n: int,
+    k: int,
+    schemes: Sequence[Scheme],
+    matrices: int,
+    room: torch.device | str | Tensor,
+    apart: Collection[Scheme] = (),
 ) -> Arena:
-    """Make room for every matrix, on a device or in `arena_bytes` of a larger room; `put` fills it."""
-    starts, size = _starts(n, k, schemes, matrices)
+    """
+    Make room for every matrix, on a device or in `arena_bytes` of a larger room; `put` fills it.
+
+    Matrices whose scheme is `apart` lie elsewhere, and take none.
+    """
+    starts, size = _starts(n, k, schemes, matrices, apart)
     data = room if isinstance(room, Tensor) else torch.zeros(size, dtype=torch.uint8, device=room)
     base = torch.tensor(starts, dtype=torch.int64).view(matrices, len(schemes), 3)
     return Arena(n, k, tuple(schemes), matrices, data, base.to(data.device), tuple(starts))
@@ -213,10 +222,12 @@ def allocate_arena(
 
 def arena_bytes(n: int, k: int, schemes: Sequence[Scheme], matrices: int) -> int:
     """Bytes of an arena; a multiple of ALIGN."""
-    return _starts(n, k, schemes, matrices)[1]
+    return _starts(n, k, schemes, matrices, ())[1]
 
 
-def _starts(n: int, k: int, schemes: Sequence[Scheme], matrices: int) -> tuple[list[tuple[int, int, int]], int]:
+def _starts(
+    n: int, k: int, schemes: Sequence[Scheme], matrices: int, apart: Collection[Scheme]
+) -> tuple[list[tuple[int, int, int]], int]:
     """Bytes at which payload, scales and zero points of every matrix begin, and where all end."""
     starts: list[tuple[int, int, int]] = []
     end = 0
@@ -224,6 +235,7 @@ def _starts(n: int, k: int, schemes: Sequence[Scheme], matrices: int) -> tuple[l
         for scheme in schemes:
             meta = meta_bytes(scheme, n, k)
             sizes = (payload_bytes(scheme, n, k), meta, 0 if scheme.symmetric else meta)
+            sizes = (0, 0, 0) if scheme in apart else sizes
             at: list[int] = []
             for size in sizes:
                 at.append(end)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from mxmoe.backends.triton.layout import Arena
 from mxmoe.backends.triton.tiles import Gemm
+from mxmoe.quant import Quantized
+
+if TYPE_CHECKING:
+    from mxmoe.backends.triton.native import Int4Experts
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +23,22 @@ class Matrices:
     arena: Arena
     bias: Tensor | None
     """float32 [matrices, experts, n]."""
+    int4: tuple[Int4Experts, ...] = ()
+    """Experts of the schemes that are `apart`, whose weights are not in the arena."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights, scales, zero points and biases."""
+        held = self.arena.data.nbytes + sum(one.nbytes for one in self.int4)
+        return held + (0 if self.bias is None else self.bias.nbytes)
+
+    def read(self, matrix: int, lane: int) -> Quantized:
+        """Give the weights of one expert back as they were put in."""
+        scheme = self.gemm.schemes[lane]
+        for experts in self.int4:
+            if experts.weights.scheme == scheme:
+                return experts.read(matrix, lane)
+        return self.arena.read(matrix, lane)
 
     def alone(self, matrix: int) -> Matrices:
         """Give one of the matrices that share the rows, by itself."""
@@ -25,7 +46,7 @@ class Matrices:
         starts = self.arena.starts[matrix * lanes : (matrix + 1) * lanes]
         arena = replace(self.arena, matrices=1, base=self.arena.base[matrix : matrix + 1], starts=starts)
         bias = None if self.bias is None else self.bias[matrix : matrix + 1]
-        return Matrices(replace(self.gemm, gated=False), arena, bias)
+        return Matrices(replace(self.gemm, gated=False), arena, bias, tuple(one.alone(matrix) for one in self.int4))
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,8 @@ class Gemm:
     """Two matrices over the same rows, joined by the nonlinearity."""
     always: tuple[int, int] | None = None
     """n and k of the last expert, where that one sees every token and has a size of its own."""
+    apart: tuple[Scheme, ...] = ()
+    """Schemes whose experts have a launch of their own (`native.py`): their classes come last."""
 
     @property
     def distinct(self) -> tuple[Scheme, ...]:
@@ -114,8 +116,8 @@ class Gemm:
 
     @property
     def row_kinds(self) -> tuple[RowKind, ...]:
-        """The kinds of rows that the schemes multiply, in order."""
-        return tuple(sorted({RowKind.of(scheme) for scheme in self.distinct}))
+        """The kinds of rows that the common launch multiplies, in order."""
+        return tuple(sorted({RowKind.of(scheme) for scheme in self.distinct if scheme not in self.apart}))
 
 
 def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...], ...]]:
@@ -123,10 +125,11 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
     Lay out the classes of a launch, longest tile first.
 
     Returns:
-        The tiling that the schedule is built from, and what each class is compiled for (`kernels.FIELDS`).
+        The tiling that the schedule is built from, and what each class of the common launch is compiled for
+        (`kernels.FIELDS`): that launch ends before the classes of schemes that are `apart`, tallest tile first.
     """
     distinct, kinds = gemm.distinct, gemm.row_kinds
-    rows: list[tuple[float, TileClass, tuple[int, ...]]] = []
+    rows: list[tuple[tuple[float, ...], TileClass, tuple[int, ...] | None]] = []
     first = gemm.schemes if gemm.always is None else gemm.schemes[:-1]
     sizes = [(scheme, gemm.n, gemm.k, 0) for scheme in distinct if scheme in first]
     groups = tuple([one[0] for one in sizes].index(scheme) for scheme in first)
@@ -137,6 +140,9 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
         shape = config.shape(scheme)
         columns = -(-n // shape.width) * shape.parts
         for height in shape.heights:
+            if scheme in gemm.apart:
+                rows.append(((1, group, -height), TileClass(group, height, columns), None))
+                continue
             spec = (
                 KINDS.index(body_of(scheme) or ""),
                 *(height, shape.width, shape.depth, _stages(shape, scheme, k), n, k, scheme.weight_bits),
@@ -144,9 +150,9 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
                 *(int(scheme.act_group_size is not None), shape.parts, lead),
             )
             time = tile_time(scheme, height, shape.width, k // shape.parts)
-            rows.append((time, TileClass(group, height, columns), spec))
-    rows.sort(key=lambda row: -row[0])
-    return Tiling(tuple(row[1] for row in rows), groups), tuple(row[2] for row in rows)
+            rows.append(((0, -time), TileClass(group, height, columns), spec))
+    rows.sort(key=lambda row: row[0])
+    return Tiling(tuple(row[1] for row in rows), groups), tuple(row[2] for row in rows if row[2] is not None)
 
 
 def _stages(shape: Shape, scheme: Scheme, k: int) -> int:
