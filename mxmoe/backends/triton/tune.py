@@ -119,8 +119,12 @@ def first_jobs(
         # one token is compiled for by itself; the rule must do
         more = (*divided, *(changes(gemm, rule, rows) if count > 1 else ()))
         columns.append([Job(one, count, scheme, spell_config(config)) for config in dict.fromkeys((rule, *more))])
-    deep = itertools.zip_longest(*columns)
-    return [job for row in deep for job in row if job is not None]
+    return _evenly(columns)
+
+
+def _evenly(columns: Sequence[Sequence[Job]]) -> list[Job]:
+    """Give the first of every column, then the second of every one, and so on."""
+    return [job for row in itertools.zip_longest(*columns) for job in row if job is not None]
 
 
 def second_jobs(rows: Sequence[Mapping[str, str]]) -> list[Job]:
@@ -153,7 +157,7 @@ def set_jobs(
 
     Where the GPU `divides`, configs of the divided kernel besides.
     """
-    times, found = _by_class(rows), list[Job]()
+    times, columns = _by_class(rows), list[list[Job]]()
     for names, one, count in itertools.product(sets, workloads, tokens):
         plan = f"{SET_SEED}:{names}"
         gemm = one.gemm(plan)
@@ -165,8 +169,8 @@ def set_jobs(
             for shapes in itertools.product(*options):
                 pairs = tuple((name, shape) for (name, _), shape in zip(rule.shapes, shapes, strict=True))
                 configs.append(replace(rule, warps=run[0], registers=run[1], shapes=pairs))
-        found += [Job(one, count, plan, spell_config(config)) for config in dict.fromkeys(configs)]
-    return found
+        columns.append([Job(one, count, plan, spell_config(config)) for config in dict.fromkeys(configs)])
+    return _evenly(columns)
 
 
 def _shapes_with(times: Mapping[Config, float], gemm: Gemm, own: Shape, run: Bound) -> list[Shape]:
