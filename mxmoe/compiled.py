@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
 
+from mxmoe.carried import Carried, expert_tensors, gemms_in, packed_weights, revive
 from mxmoe.checkpoint import Checkpoint, Origin, read_checkpoint, write_checkpoint
 from mxmoe.errors import (
     NeedsBlock,
@@ -24,13 +25,10 @@ from mxmoe.errors import (
     UnsupportedScheme,
 )
 from mxmoe.frontend import BankRun, JoinedCalls, Lifted, LiftedBlock, join_calls, lift, places_of, replace_banks
-from mxmoe.ir import GroupGemmOp, ModuleOp, Plan, Scheme, banks, moe_ops, parse_ir
-from mxmoe.quant import Packed, PackedWeights
+from mxmoe.ir import ModuleOp, Plan, Scheme, banks, moe_ops, parse_ir
 from mxmoe.registry import near_names
 from mxmoe.report.compiled import CompileReport
-from mxmoe.target import BACKENDS, Backend, Executable, Target, find_target
-
-_PARTS = ("payload", "scale", "zero")
+from mxmoe.target import BACKENDS, Backend, Executable, Kernel, Target, find_target
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +44,8 @@ class Compilation:
     report: CompileReport
     origin: Origin | None
     """How to build the module again; None where that is not known."""
+    carried: Carried = field(default_factory=Carried)
+    """Kernels that were compiled ahead."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Give itself: nothing in it changes, so copies of a module share it, packed weights included."""
@@ -133,6 +133,15 @@ class CompiledMoE(nn.Module):
         """Say what was found, quantized and predicted."""
         return self.compilation.report
 
+    @property
+    def kernels(self) -> Mapping[str, Kernel]:
+        """Kernels that were compiled ahead for the target's GPU: machine code, its facts, and which calls launch it."""
+        return self.compilation.carried.kernels
+
+    def extra_repr(self) -> str:
+        """Target, and how it runs here: a part of `repr`."""
+        return ": ".join(filter(None, (self.compilation.target.name, str(self.compilation.carried))))
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write everything that `mxmoe.load` needs to a folder, whole or not at all."""
         save(self, folder)
@@ -161,6 +170,7 @@ def install(lifted: Lifted, made: Compilation) -> nn.Module:
         "plan": made.plan,
         "ir": made.ir,
         "report": lambda: made.report,
+        "kernels": made.carried.kernels,
         "save": partial(save, root),
     }
     if hasattr(root, "save_pretrained"):
@@ -223,8 +233,8 @@ def save(compiled: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     Write a compiled block or model to a folder, whole or not at all; `load` is the inverse.
 
-    The folder holds the plan (JSON), the module at every stage (text), all tensors (safetensors: packed experts, and
-    whatever else the module has), and a manifest with the SHA-256 of each file and each tensor.
+    The folder holds the plan (JSON), the module at every stage (text), all tensors (safetensors: packed experts, the
+    bytes of kernels, and whatever else the module has), and a manifest with the SHA-256 of each file and each tensor.
 
     Raises:
         NotCompiled: `compiled` did not come from `compile`.
@@ -241,7 +251,10 @@ def save(compiled: nn.Module, folder: str | os.PathLike[str]) -> None:
         "origin": None if made.origin is None else asdict(made.origin),
         "training": root.training,
     }
-    write_checkpoint(folder, Checkpoint(about, texts, {**_torch_tensors(root), **dict(_expert_tensors(made))}))
+    experts = dict(expert_tensors(made.stages["lowered"], made.executables))
+    write_checkpoint(
+        folder, Checkpoint(about, texts, {**_torch_tensors(root), **experts, **dict(made.carried.tensors())})
+    )
 
 
 def load(folder: str | os.PathLike[str], block: nn.Module | None = None, *, target: str | None = None) -> nn.Module:
@@ -273,7 +286,8 @@ def load(folder: str | os.PathLike[str], block: nn.Module | None = None, *, targ
     _check_structure(parse_ir(stored.texts["lifted.mlir"]), lifted.module)
     module = parse_ir(stored.texts["lowered.mlir"])
     _check_schemes(module, goal, backend)
-    executables = backend.compile(module, _packed_weights(module, stored.tensors))
+    executables = backend.compile(module, packed_weights(module, stored.tensors))
+    carried = revive(backend, stored.tensors, is_same=goal.name == stored.about["target"])
     report = CompileReport.from_dict(stored.about["report"])
     held = sum(executable.nbytes for executable in executables.values())
     made = Compilation(
@@ -281,8 +295,9 @@ def load(folder: str | os.PathLike[str], block: nn.Module | None = None, *, targ
         plan=Plan.from_json(stored.texts["plan.json"]),
         stages={name.removesuffix(".mlir"): text for name, text in stored.texts.items() if name.endswith(".mlir")},
         executables=executables,
-        report=replace(report, target=goal.name, held_bytes=held),
+        report=replace(report, target=goal.name, held_bytes=held, runs=str(carried)),
         origin=origin,
+        carried=carried,
     )
     compiled = install(lifted, made)
     _fill(_inner(compiled), stored.tensors)
@@ -308,12 +323,14 @@ def _torch_tensors(root: nn.Module) -> dict[str, Tensor]:
 
 def _fill(root: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """
-    Put back what `_torch_tensors` gave.
+    Put back what `_torch_tensors` gave, on the devices of what it replaces; on the CPU where that is on none.
 
     Raises:
         StructureMismatch: the module has other parameters.
         NeedsBlock: something was built without values and was not saved.
     """
+    homes = {key: held.device for key, held in _torch_tensors(root).items() if held.device.type != "meta"}
+    tensors = {key: tensor.to(homes.get(key, tensor.device)) for key, tensor in tensors.items()}
     rest = {key.removeprefix("rest/"): tensor for key, tensor in tensors.items() if key.startswith("rest/")}
     try:
         root.load_state_dict(rest, assign=True)
@@ -343,7 +360,7 @@ def _check_structure(wanted: ModuleOp, given: ModuleOp) -> None:
 
 def _check_schemes(module: ModuleOp, target: Target, backend: Backend) -> None:
     """Raise UnsupportedScheme unless the backend runs everything that was chosen."""
-    for block, gemm, schemes in _gemms(module):
+    for block, gemm, schemes in gemms_in(module):
         for expert, scheme in enumerate(schemes):
             if not backend.supports(scheme):
                 known = ", ".join(text for text in target.candidates if backend.supports(Scheme.parse(text)))
@@ -361,39 +378,3 @@ def _sizes(module: ModuleOp) -> dict[str, str]:
         )
         for moe in moe_ops(module)
     }
-
-
-def _gemms(module: ModuleOp) -> Iterator[tuple[str, GroupGemmOp, list[Scheme]]]:
-    """Give every group GEMM of a lowered module with its block and the scheme of each expert."""
-    for moe in moe_ops(module):
-        for gemm in (op for op in moe.body.block.ops if isinstance(op, GroupGemmOp)):
-            assert gemm.choice is not None, "the verifier demands a choice of a lowered block"
-            yield moe.block, gemm, [moe.candidates[index] for index in gemm.choice.array.tolist()]
-
-
-def _expert_tensors(made: Compilation) -> Iterator[tuple[str, Tensor]]:
-    """Give every packed matrix and bias that the executables hold, by key."""
-    for block, gemm, schemes in _gemms(parse_ir(made.stages["lowered"])):
-        executable = made.executables[block]
-        for name in gemm.weights:
-            for expert in range(len(schemes)):
-                packed = executable.packed(name, expert)
-                for part in _PARTS:
-                    if (tensor := getattr(packed, part)) is not None:
-                        yield f"packed/{name}/{expert}/{part}", tensor
-        for name in gemm.biases:
-            yield f"bias/{name}", executable.bias(name)
-
-
-def _packed_weights(module: ModuleOp, tensors: Mapping[str, Tensor]) -> PackedWeights:
-    """Put the packed matrices of a checkpoint together."""
-    packed = {
-        name: [
-            Packed(scheme, gemm.n, gemm.k, *(tensors.get(f"packed/{name}/{i}/{p}") for p in _PARTS))  # pyright: ignore
-            for i, scheme in enumerate(schemes)
-        ]
-        for _, gemm, schemes in _gemms(module)
-        for name in gemm.weights
-    }
-    biases = {key.removeprefix("bias/"): tensor for key, tensor in tensors.items() if key.startswith("bias/")}
-    return PackedWeights(packed, biases)

@@ -13,6 +13,7 @@ from torch import nn
 
 from mxmoe import settings
 from mxmoe.calib import HessiansByBlock, Stats, observe, observe_weights, rereadable
+from mxmoe.carried import carry as carry_kernels
 from mxmoe.checkpoint import Origin
 from mxmoe.compiled import Compilation, copy_modules, install, is_compiled, is_model, lifted_in, make_backend
 from mxmoe.cost import block_launches, predict_block_us
@@ -38,14 +39,11 @@ from mxmoe.passes import (
 from mxmoe.quant import QUANTIZERS, Quantizer, Weights, needs_hessian, spell_quantizer
 from mxmoe.report.compiled import CompileReport, PlanSummary
 from mxmoe.target import Backend, Executable, Target, find_target
+from mxmoe.tokens import USUAL, Tokens, token_counts, token_mix
 
 if TYPE_CHECKING:
     from mxmoe.calib import Inputs
 
-Tokens = int | Sequence[int] | Mapping[int, float]
-"""Tokens per call: one count, several alike, or count -> weight."""
-
-_TOKENS = 512
 _UNFINISHED = "it does not lower the blocks; end it with allocate-bits,lower-to-group-gemm,choose-tiles"
 
 
@@ -65,6 +63,7 @@ def compile(
     rotate_down: int | None = None,
     pipeline: str = "default",
     observers: Sequence[Observer] = (),
+    carry: int | Sequence[int] | None = None,
     quiet: bool = False,
 ) -> nn.Module:
     """
@@ -91,6 +90,8 @@ def compile(
         rotate_down: channels that are rotated together on their way to down, see `RotateDown`; None rotates nothing.
         pipeline: name of a pipeline, or passes as `pass{option=value},...`; what it spells out wins over arguments.
         observers: called before and after every pass.
+        carry: tokens per call whose kernels are compiled ahead and carried along, `compiled.kernels`; None takes those
+            of `tokens` for triton-sm89 without a GPU, and else none; `()` takes none.
         quiet: no progress bars.
 
     Returns:
@@ -108,7 +109,7 @@ def compile(
     backend = make_backend(goal)
     candidates = _candidates(schemes, wanted, goal, backend)
     steps = _steps(pipeline, wanted, _options(candidates, weight_bits, latency_us, r, sensitivity, tokens), rotate_down)
-    watching = (*settings.observers(), *observers, VerifyEach())
+    watching, ahead = (*settings.observers(), *observers, VerifyEach()), token_counts(carry)
     _refuse_without_data(quantizer, inputs)
     if isinstance(block, nn.Module) and is_compiled(block):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CompiledAlready(cls=type(block).__name__)
@@ -126,8 +127,9 @@ def compile(
     allocated = parse_ir(kept.texts["allocated"])
     executables = backend.compile(lifted.module, _weights(lifted, allocated, inputs, quantizer, quiet=quiet))
     named = spell_quantizer(quantizer)
-    report = _report(lifted, allocated, stats, goal, executables, named, steps, clock.seconds)
-    made = Compilation(goal, plan_of(allocated), kept.texts, executables, report, Origin.of(block))
+    carried = carry_kernels(backend, goal, lifted.module, ahead, sorted(token_mix(tokens)), quiet=quiet)
+    report = _report(lifted, allocated, stats, goal, executables, named, steps, clock.seconds, str(carried))
+    made = Compilation(goal, plan_of(allocated), kept.texts, executables, report, Origin.of(block), carried)
     return install(lifted if is_model(lifted) else lifted_in(lifted, copy_modules(block)), made)
 
 
@@ -261,7 +263,7 @@ def _options(
 ) -> dict[str, dict[str, Any]]:
     """Check the numbers and hand each pass its own."""
     _check_goal(r, weight_bits=weight_bits, latency_us=latency_us)
-    mix = _token_mix(tokens)
+    mix = token_mix(tokens)
     uniform = len(candidates) == 1
     return {
         "annotate-sensitivity": {"method": sensitivity},
@@ -286,20 +288,6 @@ def _check_goal(r: float, **budgets: float | None) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real)
-
-
-def _token_mix(tokens: Tokens | None) -> Mapping[int, float]:
-    """Bring tokens per call into one form, count -> weight."""
-    if tokens is None or not isinstance(tokens, Iterable):
-        mix: Mapping[int, float] = {_TOKENS if tokens is None else tokens: 1.0}
-    else:
-        mix = tokens if isinstance(tokens, Mapping) else dict.fromkeys(tokens, 1.0)
-    counts_fit = all(isinstance(count, int) and count >= 1 for count in mix)  # pyright: ignore[reportUnnecessaryIsInstance]
-    weights_fit = all(_is_number(weight) and 0 <= weight < math.inf for weight in mix.values())
-    if not counts_fit or not weights_fit or not sum(mix.values()):
-        reason = "give integers of at least 1, with weights that are not negative and not all zero"
-        raise BadArgument(name="tokens", value=tokens, reason=reason)
-    return mix
 
 
 def _refuse_without_data(quantizer: str | Quantizer, inputs: Inputs | Stats | None) -> None:
@@ -368,10 +356,11 @@ def _report(
     quantizer: str,
     steps: Sequence[Pass],
     seconds: Mapping[str, float],
+    runs: str,
 ) -> CompileReport:
     """Collect what a user asks first."""
     model, found = find_cost_model("auto", target.device), lifted.report()
-    tokens = next((step.tokens for step in steps if isinstance(step, ChooseTiles)), _TOKENS)
+    tokens = next((step.tokens for step in steps if isinstance(step, ChooseTiles)), USUAL)
     return CompileReport(
         target=target.name,
         device=target.device,
@@ -385,6 +374,7 @@ def _report(
         predicted_us={moe.block: predict_block_us(model, block_launches(moe, tokens)) for moe in moe_ops(allocated)},
         calibration="a plan was given, nothing was observed" if stats is None else stats.report(),
         seconds=dict(seconds),
+        runs=runs,
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mxmoe.errors import UnknownName
 from mxmoe.ir import ModuleOp, Scheme
@@ -128,4 +128,53 @@ class Backend(Protocol):
 
     def compile(self, module: ModuleOp, weights: WeightSource) -> Mapping[str, Executable]:
         """Compile every block of a module: block name -> executable."""
+        ...
+
+
+class Kernel(Protocol):
+    """A kernel that was compiled ahead of any call."""
+
+    @property
+    def arch(self) -> int:
+        """Compute capability that it is for, times ten."""
+        ...
+
+    @property
+    def cubin(self) -> bytes:
+        """Machine code."""
+        ...
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """Calls that launch it: block and number of tokens."""
+        ...
+
+    def facts(self) -> Any:  # noqa: ANN401  # cubin.CubinFacts; a target knows no Triton
+        """Read registers, spills, shared memory and instructions from the machine code."""
+        ...
+
+    def to_bytes(self) -> bytes:
+        """Write it for a checkpoint."""
+        ...
+
+
+@runtime_checkable
+class CompilesAhead(Protocol):
+    """A backend whose kernels can be compiled where they cannot run."""
+
+    @property
+    def carries(self) -> bool:
+        """Whether modules carry kernels without being asked to: those of a GPU that is not here."""
+        ...
+
+    def notice(self) -> str:
+        """Say how modules run on this machine, if not as the target does; else nothing."""
+        ...
+
+    def compile_ahead(self, module: ModuleOp, tokens: Sequence[int], *, quiet: bool) -> Mapping[str, Kernel]:
+        """Compile what calls of a lowered module with so many tokens launch: name -> kernel."""
+        ...
+
+    def revive(self, stored: Mapping[str, bytes]) -> Mapping[str, Kernel]:
+        """Undo `Kernel.to_bytes` for kernels by name, and have calls use them where they can run."""
         ...

@@ -72,6 +72,8 @@ class CompileReport:
     """What sensitivity and routing rest on."""
     seconds: Mapping[str, float]
     """Pass -> seconds."""
+    runs: str = ""
+    """How it runs on this machine, where that is not as the target says, and the kernels that it carries."""
 
     def __str__(self) -> str:
         plan = self.plan
@@ -85,6 +87,7 @@ class CompileReport:
                 f"average bits per weight: {plan.payload_bits:.3f} payload, {plan.effective_bits:.3f} effective",
                 f"rows per scheme: {schemes}",
                 f"predicted {microseconds:.1f} us per block of {self.tokens} tokens on {self.device}",
+                *([f"{self.target} {self.runs}"] if self.runs else []),
                 f"calibration: {self.calibration}",
                 self.found,
             ]

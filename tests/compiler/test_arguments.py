@@ -13,11 +13,11 @@ import mxmoe
 import mxmoe.compiler
 from mxmoe.backends.eager import EagerBackend
 from mxmoe.calib import observe
-from mxmoe.compiler import Tokens
 from mxmoe.errors import BadOption, MissingInput, UnknownName
 from mxmoe.frontend import lift
 from mxmoe.ir import Allocation, ModuleOp, Scheme, moe_ops, parse_ir, print_ir
 from mxmoe.passes import PIPELINES, SENSITIVITIES, Pass
+from mxmoe.tokens import Tokens
 
 from .blocks import (
     HIDDEN,

@@ -8,7 +8,7 @@ interpret first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import torch
 from mxmoe.backends.triton.layout import body_of
 from mxmoe.backends.triton.mode import choose_mode, has_triton
 from mxmoe.errors import NoGpu, NoKernels, NotLowered, UnknownName, UnsupportedScheme, WrongCapability
-from mxmoe.ir import ModuleOp, MoeOp, Scheme, banks, moe_ops
+from mxmoe.ir import ModuleOp, MoeOp, Scheme, banks, moe_ops, print_ir
 from mxmoe.registry import near_names
-from mxmoe.target import TARGETS, Executable, Target, WeightSource
+from mxmoe.target import TARGETS, Executable, Kernel, Target, WeightSource
 
 __all__ = ["HAS_INT4", "TritonBackend", "bench_tiles", "profile_launches", "profiled_launches"]
 
@@ -101,6 +101,42 @@ class TritonBackend:
         from mxmoe.backends.triton.backend import compile_blocks
 
         return compile_blocks(blocks, weights, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @property
+    def carries(self) -> bool:
+        """See `mxmoe.target.CompilesAhead`. On a Hopper tiles are measured ones, which are not known elsewhere."""
+        return not torch.cuda.is_available() and self.capability == "89"
+
+    def notice(self) -> str:
+        """See `mxmoe.target.CompilesAhead`."""
+        return "" if torch.cuda.is_available() else "is interpreted here, slowly: this machine has no CUDA device"
+
+    def compile_ahead(self, module: ModuleOp, tokens: Sequence[int], *, quiet: bool) -> Mapping[str, Kernel]:
+        """
+        See `mxmoe.target.CompilesAhead`; equal kernels are compiled once, on all cores, and cached by Triton.
+
+        Raises:
+            AheadFailed: the compiler refuses a kernel.
+        """
+        choose_mode()
+        from mxmoe.backends.triton.carried import Job, compile_calls
+
+        return compile_calls(Job(print_ir(module, elide=None), tuple(tokens), int(self.capability)), quiet=quiet)
+
+    def revive(self, stored: Mapping[str, bytes]) -> Mapping[str, Kernel]:
+        """
+        See `mxmoe.target.CompilesAhead`: on a GPU they go into Triton's cache, where calls find their own.
+
+        Raises:
+            BrokenCheckpoint: what is stored is no kernel.
+        """
+        choose_mode()
+        from mxmoe.backends.triton.carried import Kernel, install
+
+        kernels = {name: Kernel.from_bytes(data) for name, data in stored.items()}
+        if torch.cuda.is_available():
+            install(list(kernels.values()))
+        return kernels
 
     def _check_schemes(self, moe: MoeOp) -> None:
         for bank in banks(moe).values():

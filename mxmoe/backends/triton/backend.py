@@ -23,15 +23,14 @@ from mxmoe.target import WeightSource
 
 
 @dataclass(frozen=True)
-class Builder:
-    """Packs the banks of one block for one device."""
+class Outline:
+    """Makes room for the banks of one block on one device, and leaves it empty: enough to say what it launches."""
 
     moe: MoeOp
-    weights: WeightSource
     device: torch.device
 
     def block(self) -> TritonExecutable:
-        """Pack every bank."""
+        """Make every bank."""
         found = banks(self.moe)
         apart = [self.gemm(op, bank).apart for bank in found.values() for op in gemms_of(bank)]
         if any(apart) or not can_join(found):
@@ -47,7 +46,7 @@ class Builder:
         return TritonExecutable(self.moe.block, self.moe.hidden, made, joint)
 
     def bank(self, bank: BankOps, rooms: Sequence[torch.device | Tensor]) -> Bank:
-        """Pack the GEMMs of a bank, gate before up, each in its room."""
+        """Make the GEMMs of a bank, gate before up, each in its room."""
         gemms = gemms_of(bank)
         packed = [self.matrices(op, self.gemm(op, bank), room) for op, room in zip(gemms, rooms, strict=True)]
         return Bank(
@@ -76,22 +75,42 @@ class Builder:
 
     def matrices(self, op: GroupGemmOp, gemm: Gemm, room: torch.device | Tensor) -> Matrices:
         """
-        Quantize and pack the weights of one GEMM.
+        Make the matrices of one GEMM.
 
         Raises:
             BadWeightShape: a weight is not what the module says.
         """
-        bias = self.bias(op)
+        bias = self.bias(op) if op.biases else None
         arena = allocate_arena(op.n, op.k, gemm.schemes, len(op.weights), room, gemm.apart)
-        int4 = {scheme: Int4Experts.allocate(gemm, scheme, bias, self.device) for scheme in gemm.apart}
-        for expert, scheme in enumerate(gemm.schemes):
+        int4 = tuple(Int4Experts.allocate(gemm, scheme, bias, self.device) for scheme in gemm.apart)
+        made = Matrices(gemm, arena, bias, int4)
+        self.fill(op, made)
+        return made
+
+    def fill(self, op: GroupGemmOp, made: Matrices) -> None:
+        """Put the weights in."""
+
+    def bias(self, op: GroupGemmOp) -> Tensor:
+        """Biases of all weights, float32 [matrices, experts, n]."""
+        return torch.empty((len(op.biases), op.experts, op.n), device=self.device)
+
+
+@dataclass(frozen=True)
+class Builder(Outline):
+    """Packs the banks of one block for one device."""
+
+    weights: WeightSource
+
+    def fill(self, op: GroupGemmOp, made: Matrices) -> None:
+        """Quantize and pack every matrix."""
+        native = dict(zip(made.gemm.apart, made.int4, strict=True))
+        for expert, scheme in enumerate(made.gemm.schemes):
             found = [self.weight(op, name, expert, scheme) for name in op.weights]
-            if scheme in int4:
-                int4[scheme].put(expert, found)
+            if scheme in native:
+                native[scheme].put(expert, found)
                 continue
             for number, q in enumerate(found):
-                put(arena, number, expert, q)
-        return Matrices(gemm, arena, bias, tuple(int4.values()))
+                put(made.arena, number, expert, q)
 
     def weight(self, op: GroupGemmOp, name: str, expert: int, scheme: Scheme) -> Quantized:
         """
@@ -105,10 +124,13 @@ class Builder:
             raise BadWeightShape(name=f"{name}[{expert}]", found=[q.n, q.k], wanted=[op.n, op.k])
         return q
 
-    def bias(self, op: GroupGemmOp) -> Tensor | None:
-        """Biases of all weights, float32 [matrices, experts, n], or None."""
-        if not op.biases:
-            return None
+    def bias(self, op: GroupGemmOp) -> Tensor:
+        """
+        Biases of all weights, float32 [matrices, experts, n].
+
+        Raises:
+            BadWeightShape: one is not what the module says.
+        """
         stacked: list[Tensor] = []
         for name in op.biases:
             bias = self.weights[name]
@@ -146,4 +168,4 @@ def can_join(found: Mapping[str, BankOps]) -> bool:
 
 def compile_blocks(blocks: list[MoeOp], weights: WeightSource, device: torch.device) -> Mapping[str, TritonExecutable]:
     """Pack every block: block name -> executable."""
-    return {moe.block: Builder(moe, weights, device).block() for moe in blocks}
+    return {moe.block: Builder(moe, device, weights).block() for moe in blocks}

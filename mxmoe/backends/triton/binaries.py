@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from mxmoe.backends.triton import kernels
 from mxmoe.backends.triton.ahead import Request
-from mxmoe.backends.triton.choose_ada import config_for_arch
 from mxmoe.backends.triton.dispatch import power_of_two_from
-from mxmoe.backends.triton.executable import Bank
 from mxmoe.backends.triton.int4 import Int4Options, launch_constants, launch_warps
 from mxmoe.backends.triton.kernels_int4 import int4_kernel
 from mxmoe.backends.triton.tiles import Config, Gemm, classes_of
@@ -127,46 +125,3 @@ def int4_request(
     aligned = (*(name for name, kind in signature.items() if kind.startswith("*")), "n")
     warps = launch_warps(classes)
     return Request(int4_kernel, signature, constants, arch, warps, divisible=aligned, code_path=code_path)
-
-
-def bank_requests(
-    bank: Bank, *, arch: int, tokens: Sequence[int], top_k: int, dtype: str = "bf16", code_path: int | None = None
-) -> dict[str, Request]:
-    """
-    Name and request the group GEMMs that a compiled bank launches for calls of some numbers of tokens.
-
-    Tiles are those that a machine of this capability would choose. A call of 512 tokens has `gate_up512` and
-    `down512`; `gate512` and `up512` where the nonlinearity is not fused. `compile_all` takes the values.
-
-    Args:
-        bank: from `TritonExecutable.banks`; where its weights lie does not matter.
-        arch: compute capability times ten.
-        tokens: of each call.
-        top_k: experts of a token.
-        dtype: of the hidden states, `bf16`, `fp16` or `fp32`.
-        code_path: see `Request`.
-    """
-    found: dict[str, Request] = {}
-    fused = bank.is_fused
-    is_joined = len(bank.entries) == 1 and bank.entries[0].gemm.gated
-    roles = ("gate_up",) if is_joined else ("gate", "up")[-len(bank.entries) :]
-    filled = (*bank.act_params.values(), 0.0, 0.0)
-    for count in tokens:
-        for role, one in zip((*roles, "down"), bank.gemms, strict=True):
-            is_down = role == "down"
-            config = config_for_arch(one.gemm, count, top_k, arch)
-            config = config if is_down else config.whole()
-            parts = max(config.shape(scheme).parts for scheme in one.gemm.distinct)
-            found[f"{role}{count}"] = gemm_request(
-                one.gemm,
-                config,
-                arch=arch,
-                top_k=top_k,
-                gather=not is_down,
-                act=bank.act if fused and not is_down else "none",
-                params=(filled[0], filled[1]) if fused and not is_down else (0.0, 0.0),
-                has_bias=one.bias is not None,
-                out="fp32" if parts > 1 or not (fused or is_down) else dtype,
-                code_path=code_path,
-            )
-    return found

@@ -231,7 +231,7 @@ def test_a_compiled_module_is_saved_and_loaded(tmp_path: Path) -> None:
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.1)
     schemes = ("w4a16_g32_asym", "w8a8_sym", "w4a8_g128_sym")
-    made: Any = mxmoe.compile(block, "triton-sm89", schemes=schemes, weight_bits=6, quiet=True)
+    made: Any = mxmoe.compile(block, "triton-sm89", schemes=schemes, weight_bits=6, quiet=True, carry=())
     x = torch.randn((1, 3, 64), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         wanted = made(x)
