@@ -158,8 +158,8 @@ def plan_launch(
 
     The rows of `gemms` are those expected; `draws` routings are drawn from them as well, so that the plan does not
     rest on the exact counts of one. Each scheme begins with the cut of least total work; then one scheme after the
-    other tries its best few against all others as they stand. What counts is the makespan, and its tail beyond an even
-    spread TAIL_WEIGHT times more. Ties go to less work.
+    other tries its best few against all others as they stand. What counts is the makespan, and TAIL_WEIGHT times its
+    tail beyond an even spread, or what is usual where it has less by luck. Ties go to less work.
 
     Raises:
         BadWorkload: no work, or a scheme that the device cannot run.
@@ -171,8 +171,10 @@ def plan_launch(
 
     def score(chosen: dict[tuple[int, Scheme], _Option]) -> float:
         plan = _ordered(model, gemms, chosen)
-        runs = [simulate_launch(model, plan, routing, slots) for routing in routings]
-        return round(sum(run.makespan_us + TAIL_WEIGHT * run.tail_us for run in runs), 6)
+        lists = [lay_tiles(model, plan, routing).duration_us for routing in routings]
+        runs = [in_order(tiles, slots or model.device.sms) for tiles in lists]
+        tails = [max(run.tail_us, _usual_tail(tiles)) for run, tiles in zip(runs, lists, strict=True)]
+        return round(sum(run.makespan_us for run in runs) + TAIL_WEIGHT * sum(tails), 6)
 
     for _ in range(_ROUNDS):
         before = dict(chosen)
@@ -182,6 +184,15 @@ def plan_launch(
         if chosen == before:
             break
     return _ordered(model, gemms, chosen)
+
+
+def _usual_tail(duration_us: NDArray[np.float64]) -> float:
+    """
+    Tail that other routings of as many tiles have in the mean: half of the last tile.
+
+    Tiles of one length that happen to fill all slots have none, and one more tile than these has a whole one.
+    """
+    return float(duration_us[-1]) / 2 if len(duration_us) else 0.0
 
 
 def _draw(gemms: Sequence[Gemm], random: np.random.Generator) -> list[Gemm]:

@@ -154,18 +154,10 @@ CELLS = [
 ]
 
 
-ABOVE = {
-    # 13 rounds of tiles of 64 x 256; with the shared expert in tiles of 64 columns and two parts of K the makespan is
-    # 1.01 of an even spread, and 2 % longer
-    ("deepseek-v2-lite", 2048, "down", "w4a16"): 1.035,
-}
-"""Cell -> its bound where whole tiles that end earliest are above the usual one."""
-
-
 @pytest.mark.parametrize(("name", "tokens", "role", "mix"), CELLS)
 def test_makespan_is_near_an_even_spread(name: str, tokens: int, role: str, mix: str) -> None:
     worst = max(run.ours.over_ideal for run in simulate(name, tokens, role, mix))
-    assert worst <= ABOVE.get((name, tokens, role, mix), 1.08 if tokens == 512 else 1.03)
+    assert worst <= (1.08 if tokens == 512 else 1.03)
 
 
 @pytest.mark.parametrize(("name", "tokens", "role", "mix"), CELLS)
@@ -186,6 +178,18 @@ def test_deep_tiles_that_come_last_cost_a_third() -> None:
     released = tiles.released_order().duration_us
     assert in_order(released, 128).makespan_us > 1.05 * simulate_launch(model, plan, gemms).makespan_us
     assert simulate_launch(model, plan, gemms).over_ideal <= 1.08
+
+
+def test_tiles_that_fill_the_slots_by_luck_are_not_preferred() -> None:
+    """Of 64 experts' down, tiles of 32 rows fill 28 rounds exactly, until an expert has one row more."""
+    gemms = make_launch(SHAPES["deepseek-v2-lite"], 2048, "down", "w4a16", 0)
+    model = cost_model("measured", "rtx4090")
+    plan = plan_launch(model, gemms)
+    shortest = min(lay_tiles(model, plan, gemms).duration_us)
+    ends = [simulate_launch(model, plan, make_launch(SHAPES["deepseek-v2-lite"], 2048, "down", "w4a16", seed))
+            for seed in range(8)]  # fmt: skip
+    assert max(end.over_ideal for end in ends) <= 1.03
+    assert max(end.tail_us for end in ends) <= 2 * shortest
 
 
 def test_k_is_split_where_whole_tiles_cannot_fill_the_machine() -> None:
