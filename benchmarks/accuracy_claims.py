@@ -13,9 +13,10 @@ RANKS, PLANS = 0.9, 40
 READING_OF_GRANULARITY = """Our reading of the study model: the tables promise less loss at every setting, since they
 are what is minimised. Where activations are quantized it comes: down reads the outliers, most of the 8-bit linears are
 downs (see the picture), and an expert with one scheme for all of its linears cannot give 8 bits to down alone. Where
-only weights are, the promise is smaller, and at 2 to 3 bits it is not kept: sensitivities are of one linear at a time,
-and those of one expert follow on each other, so that their errors need not add up as independent ones do. At 4.25 bits
-the loss that is left to save is as small as the noise; the divergence, which is steadier, shows it."""
+only weights are, little of the promised quarter arrives, and with rounding to nearest it turns into its opposite at 2.5
+and 3.25 bits: sensitivities are of one linear at a time, and those of one expert follow on each other, so that their
+errors need not add up as independent ones do. At 4.25 bits the loss that is left to save is as small as the noise; the
+divergence, which is steadier, shows it."""
 
 
 @dataclass(frozen=True)
