@@ -54,5 +54,7 @@ def largest_act_code(scheme: Scheme) -> int:
 def _scales(largest: Tensor, steps: float) -> Tensor:
     """Float32 scales for the largest magnitudes, such that `steps` times a scale never overflows."""
     highest = round_down(torch.tensor(LARGEST / steps, dtype=torch.float64), torch.float32).item()
-    scale = torch.where(largest > 0, (largest / steps).clamp(SMALLEST, highest), 1.0)
+    # by a number, CUDA multiplies with its inverse, and scales would differ in the last bit from those of the CPU
+    ratio = largest / torch.full((), steps, dtype=torch.float32, device=largest.device)
+    scale = torch.where(largest > 0, ratio.clamp(SMALLEST, highest), 1.0)
     return torch.where(largest.isfinite(), scale, torch.nan)
