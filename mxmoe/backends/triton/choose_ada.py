@@ -69,7 +69,7 @@ def choose(gemm: Gemm, tokens: int, top_k: int, arch: int, tuned: Tuned | None, 
     """
     Choose the fastest measured tiles, or those of a rule where nothing near was measured.
 
-    The rule gives launches of many rows to the divided kernel.
+    The rule gives all but launches of very few rows to the divided kernel, where that multiplies the schemes.
 
     Args:
         gemm: the GEMM.
@@ -78,13 +78,13 @@ def choose(gemm: Gemm, tokens: int, top_k: int, arch: int, tuned: Tuned | None, 
         tuned: what was measured, if anything.
         divides: whether the divided kernel may run.
     """
-    rule, divided, many = config_for_arch(gemm, tokens, top_k, arch), None, False
+    rule, divided, divided_rule = config_for_arch(gemm, tokens, top_k, arch), None, None
     if divides:
         from mxmoe.backends.triton import hopper  # as above
 
-        divided, many = hopper.config_for(gemm), mean_rows(gemm, tokens, top_k) >= hopper.ENOUGH_ROWS
-    unmeasured = divided if divided is not None and many else rule
-    if tuned is None or (unmeasured is divided and DIVIDED not in tuned.kernels):
+        divided, divided_rule = hopper.config_for(gemm), hopper.by_rule(gemm, mean_rows(gemm, tokens, top_k))
+    unmeasured = divided_rule or rule
+    if tuned is None or (divided_rule is not None and DIVIDED not in tuned.kernels):
         return unmeasured
     return tuned_config(tuned, gemm, tokens, top_k, rule, divided) or unmeasured
 

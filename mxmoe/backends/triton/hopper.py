@@ -7,6 +7,7 @@ read in sorted order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -31,8 +32,10 @@ WARPS = DIVIDED_WARPS
 """Warps of a program: two warpgroups that multiply, and one of which a warp loads."""
 HEIGHTS = (16, 32, 64, 128)
 """Rows of a tile."""
-ENOUGH_ROWS = 96.0
-"""Rows of a mean active expert from which the kernel is taken where nothing was measured."""
+ENOUGH_ROWS = {"dense": 1.0, "nibbles": 4.0}
+"""Rows of a mean active expert from which the kernel is taken where nothing was measured, by body."""
+LEAST_ROWS, MANY_ROWS = 2.0, 24.0
+"""Rows of a mean active expert up to which all tiles are the lowest, and beyond which those of dense weights are tall."""
 MOST_OPERANDS = 3
 """Kinds of operands that a launch has room for."""
 REGISTERS = 168
@@ -80,6 +83,16 @@ def config_for(gemm: Gemm, heights: Sequence[int] = HEIGHTS) -> Config | None:
         return None
     shapes = tuple((str(scheme), _shape(scheme, gemm, tuple(heights))) for scheme in gemm.distinct)
     return Config(WARPS, shapes, per_sm=1)
+
+
+def by_rule(gemm: Gemm, rows: float) -> Config | None:
+    """Choose the tiles for so many rows of a mean active expert; None where the kernel is slower or not for the GEMM."""
+    bodies = {body_of(scheme) for scheme in gemm.distinct}
+    if any(rows < ENOUGH_ROWS.get(body or "", math.inf) for body in bodies):
+        return None
+    if rows <= LEAST_ROWS:
+        return config_for(gemm, HEIGHTS[:1])
+    return config_for(gemm, HEIGHTS[2:] if rows > MANY_ROWS and bodies == {"dense"} else HEIGHTS)
 
 
 def candidates(gemm: Gemm) -> tuple[Config, ...]:

@@ -67,13 +67,11 @@ def file_of(*entries: Entry, kinds: tuple[str, ...] = (WHOLE, DIVIDED), mixes: b
 
 
 @given(st.integers(1, 8192), st.sampled_from((W8, WIDE)))
-def test_where_nothing_was_measured_many_rows_are_divided(tokens: int, name: str) -> None:
+def test_where_nothing_was_measured_what_fits_is_divided(tokens: int, name: str) -> None:
     gemm = gemm_of(name)
-    found = choose(gemm, tokens, 4, 90, None, divides=True)
-    if name == W8 and mean_rows(gemm, tokens, 4) >= hopper.ENOUGH_ROWS:
-        assert found == divided_of(gemm)
-    else:
-        assert found == by_rule(gemm, tokens, 4)
+    rule = hopper.by_rule(gemm, mean_rows(gemm, tokens, 4))
+    assert (rule is not None) == (name == W8)
+    assert choose(gemm, tokens, 4, 90, None, divides=True) == (rule or by_rule(gemm, tokens, 4))
     assert choose(gemm, tokens, 4, 90, None, divides=False) == by_rule(gemm, tokens, 4)
 
 
@@ -90,7 +88,7 @@ def test_the_faster_kind_is_taken_where_both_were_measured(whole: float, divided
 def test_a_file_that_knows_no_divided_kernel_leaves_them_to_the_rule() -> None:
     gemm, ours = gemm_of(W8), parse_config("w8g2 w8a8_sym=64x64k128s4")
     tuned = file_of(entry(ours, 20.0, 200.0), kinds=(WHOLE,))
-    assert choose(gemm, 3000, 4, 90, tuned, divides=True) == divided_of(gemm)
+    assert choose(gemm, 3000, 4, 90, tuned, divides=True) == hopper.by_rule(gemm, 200.0)
     tuned = file_of(entry(ours, 20.0, 200.0))
     assert choose(gemm, 3000, 4, 90, tuned, divides=True) == ours
 
@@ -98,8 +96,9 @@ def test_a_file_that_knows_no_divided_kernel_leaves_them_to_the_rule() -> None:
 def test_a_class_far_from_all_measured_ones_is_left_to_the_rule() -> None:
     gemm = gemm_of(W8)
     tuned = file_of(entry(divided_of(gemm, LOW), 20.0))
-    assert choose(gemm, 3000, 4, 90, tuned, divides=True) == divided_of(gemm)
-    assert choose(gemm, 300, 4, 90, tuned, divides=True) == by_rule(gemm, 300, 4)
+    for tokens in (300, 3000):
+        rule = hopper.by_rule(gemm, mean_rows(gemm, tokens, 4))
+        assert choose(gemm, tokens, 4, 90, tuned, divides=True) == rule != divided_of(gemm, LOW)
 
 
 def test_schemes_measured_apart_share_the_kind_and_heights_that_are_fastest_together() -> None:
@@ -112,7 +111,7 @@ def test_schemes_measured_apart_share_the_kind_and_heights_that_are_fastest_toge
     found = choose(both, 60, 4, 90, file_of(*entries, *whole), divides=True)
     assert found == divided_of(both, LOW)
     assert kind_of(choose(both, 60, 4, 90, file_of(*entries, *whole), divides=False)) == WHOLE
-    assert choose(both, 60, 4, 90, file_of(*entries, mixes=False), divides=True) == by_rule(both, 60, 4)
+    assert choose(both, 60, 4, 90, file_of(*entries, mixes=False), divides=True) == hopper.by_rule(both, 4.0)
     # one scheme has no divided kernel
     mixed = gemm_of(W8, WIDE)
     whole = [entry(parse_config(f"w4g2 {name}=16x64k128s3"), 18.0) for name in (W8, WIDE)]
@@ -203,7 +202,8 @@ def test_what_is_known_is_not_measured_again_but_for_the_rule(tmp_path: Path) ->
     assert again.entries == tuned.entries
 
 
-def test_a_profile_is_of_what_will_run(tmp_path: Path) -> None:
+def test_a_profile_is_of_what_will_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 96.0, "nibbles": 96.0})
     jobs = tune.first_jobs([SMALL], (16, 2048), (W8, W4), divides=True)
     tuned = tune.make_tuned(measured(*jobs, us={WHOLE: 100.0, DIVIDED: 10.0}), "A GPU", mixes=True)
     (tmp_path / "tiles.json").write_text(tuned.dumps())
@@ -238,7 +238,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         whole_instead(matrices, config, *given, compile_only=compile_only)
 
     monkeypatch.setattr(hopper, "run_hopper", run)
-    monkeypatch.setattr(hopper, "ENOUGH_ROWS", 0.0)
+    monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 0.0, "nibbles": 0.0})
     monkeypatch.setattr(choose_ada, "_divides", lambda _device: True)
     monkeypatch.setattr(choose_ada, "arch_of", lambda _device: 90)
     return ran
@@ -317,7 +317,7 @@ MIXED = Small(tuple(map(Scheme.parse, (W4, W8, "bf16"))), 256, 384, 8, 2)
 @on_hopper
 @pytest.mark.parametrize("small", [*BLOCKS, MIXED], ids=str)
 def test_a_divided_block_equals_the_definition(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "ENOUGH_ROWS", 0.0)
+    monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 0.0, "nibbles": 0.0})
     monkeypatch.setattr(choose_ada, "tuned_for", lambda _device: None)
     pair = Pair.of(small)
     bank: Any = pair.triton["mlp"]
@@ -332,7 +332,7 @@ def test_a_divided_block_equals_the_definition(small: Small, monkeypatch: pytest
 @on_hopper
 @pytest.mark.parametrize("tokens", [1, 16, 1500])
 def test_a_divided_graph_is_replayed_over_changing_routings(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "ENOUGH_ROWS", 0.0)
+    monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 0.0, "nibbles": 0.0})
     monkeypatch.setattr(choose_ada, "tuned_for", lambda _device: None)
     run = Pair.of(MIXED).triton["mlp"]
 
