@@ -35,7 +35,7 @@ HEIGHTS = (16, 32, 64, 128)
 ENOUGH_ROWS = {"dense": 1.0, "nibbles": 4.0}
 """Rows of a mean active expert from which the kernel is taken where nothing was measured, by body."""
 LEAST_ROWS, MANY_ROWS = 2.0, 24.0
-"""Rows of a mean active expert up to which all tiles are the lowest, and beyond which those of dense weights are tall."""
+"""Rows of a mean active expert up to which tiles are the lowest, and beyond which those of dense weights are tall."""
 MOST_OPERANDS = 3
 """Kinds of operands that a launch has room for."""
 REGISTERS = 168
@@ -86,7 +86,7 @@ def config_for(gemm: Gemm, heights: Sequence[int] = HEIGHTS) -> Config | None:
 
 
 def by_rule(gemm: Gemm, rows: float) -> Config | None:
-    """Choose the tiles for so many rows of a mean active expert; None where the kernel is slower or not for the GEMM."""
+    """Choose the tiles for so many rows of a mean active expert; None where the kernel is slower or has no body."""
     bodies = {body_of(scheme) for scheme in gemm.distinct}
     if any(rows < ENOUGH_ROWS.get(body or "", math.inf) for body in bodies):
         return None

@@ -145,7 +145,7 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
                 continue
             spec = (
                 KINDS.index(body_of(scheme) or ""),
-                *(height, shape.width, shape.depth, _stages(shape, scheme, k), n, k, scheme.weight_bits),
+                *(height, shape.width, shape.depth, _stages(shape, scheme, min(k, gemm.k)), n, k, scheme.weight_bits),
                 *(scheme.group_size or 0, int(not scheme.symmetric), kinds.index(RowKind.of(scheme))),
                 *(int(scheme.act_group_size is not None), shape.parts, lead),
             )
