@@ -18,7 +18,7 @@ import triton.language as tl
 
 from mxmoe.backends.triton.bodies import channels, dense, nibbles, wide
 from mxmoe.backends.triton.decode import E4M3_STEP, INT8_STEP, cast
-from mxmoe.backends.triton.schedule import tile_in_class
+from mxmoe.backends.triton.kernels_schedule import tile_in_class
 
 FIELDS = (
     *("kind", "height", "width", "depth", "stages"),

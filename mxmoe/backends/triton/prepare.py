@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from mxmoe.backends.triton.decode import cast
-from mxmoe.backends.triton.schedule import place_few, schedule_part
+from mxmoe.backends.triton.kernels_schedule import place_few, schedule_part
 
 CAST, INTEGER, E4M3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 

@@ -30,7 +30,7 @@ DATA = Path(__file__).parent / "tuned"
 """Folder of shipped files, `<kind of GPU>.json`."""
 WHOLE, DIVIDED = "whole", "divided"
 KERNELS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    WHOLE: ("group_gemm", ("bodies", "decode", "kernels", "schedule")),
+    WHOLE: ("group_gemm", ("bodies", "decode", "kernels", "kernels_schedule", "schedule")),
     DIVIDED: (
         "divided_gemm",
         ("kernels", "kernels_hopper", "kernels_hopper_dense", "kernels_hopper_nibbles", "kernels_hopper_ring"),

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from mxmoe.backends.triton import schedule
+from mxmoe.backends.triton import kernels_schedule, schedule
 from mxmoe.backends.triton.ahead import compile_ahead
 from mxmoe.backends.triton.dispatch import Dispatch, Tables, TileClass, Tiling
 from mxmoe.backends.triton.schedule import allocate, build, build_reference
@@ -193,7 +193,7 @@ def walk_kernel(
 ) -> None:  # fmt: skip
     tile = tl.program_id(0)
     classes = constants + SETS * EP + WHICH * 5 * CP
-    found, band, column = schedule.tile_at(tile, words + 2 * EP + WHICH * 2 * CP, classes, CP, DEPTH)
+    found, band, column = kernels_schedule.tile_at(tile, words + 2 * EP + WHICH * 2 * CP, classes, CP, DEPTH)
     tl.store(out + 3 * tile, found)
     tl.store(out + 3 * tile + 1, band)
     tl.store(out + 3 * tile + 2, column)
@@ -258,7 +258,7 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.parametrize("arch", [89, 90])
 @pytest.mark.parametrize("name", ["few_kernel", "count_kernel", "many_kernel"])
 def test_kernels_compile_without_local_memory_to_speak_of(arch: int, name: str) -> None:
-    kernel = getattr(schedule, name)
+    kernel = getattr(kernels_schedule, name)
     sizes = {"E": 60, "ALWAYS": 1, "EP": 64, "CP": 8, "HEAD": 160, "SETS": 2, "ROWS": 32, "COUNT": 4096}
     sizes |= {"CHUNK": 256 if name == "few_kernel" else 32, "BLOCK": 256, "BLOCKS": 32, "PART_COUNT": 8}
     names = kernel.arg_names
