@@ -2,7 +2,8 @@
 Compiles every kernel that the target triton-sm89 offers, without a GPU, and writes down what its machine code needs.
 
 Sizes are Qwen1.5-MoE's, 60 experts of 2048 x 1408, top 4; a row is one launch: gate and up with the nonlinearity, or
-down. Nothing is timed. Programs at once follow from registers, shared memory and warps (CUDA C++ Programming Guide).
+down. w4a4 runs on INT4 units (`native`), or widened to 8 bits where a block has no gate. Nothing is timed. Programs at
+once follow from registers, shared memory and warps (CUDA C++ Programming Guide).
 Writes `benchmarks/results/machine_code_sm89.md`; minutes where Triton's cache is empty.
 
     python benchmarks/machine_code.py
@@ -31,13 +32,13 @@ SCHEMES = ("bf16", "w8a8_e4m3", *find_target("triton-sm89").candidates)
 NATIVE = ("w4a4_sym", "w4a4_g128_sym")
 ROWS = (16, 32, 96, 300)
 """Rows of a mean active expert, one number in each regime of the tile rule."""
-INT4_HEIGHTS = ((16,), (16, 32), (16, 32, 64), (16, 32, 64, 128))
 MULTIPLIES = ("HMMA", "IMMA", "QMMA")
 
 HEAD = """# Machine code for sm_89, read without a GPU
 
 What ptxas makes of the kernels of `triton-sm89`: nothing here is timed, and nothing ran on an RTX 4090. A
 multiprocessor of sm_89 has 65,536 registers, 100 KiB of shared memory (99 for one program) and room for 48 warps.
+`native` are launches on INT4 units; w4a4 without that word is widened to 8 bits, as in blocks without a gate.
 
 Command: `{command}`, with Triton {triton}.
 
@@ -58,12 +59,14 @@ def requests() -> Iterator[tuple[str, int, str, Request]]:
                 request = gemm_request(gemm, config, arch=ARCH, top_k=TOP_K, gather=is_gated, act=act)
                 title = f"{name} {'gate_up' if is_gated else 'down'}"
                 yield title, rows, str(config.shape(gemm.distinct[0])), request
-    for name in NATIVE:
+    for scheme in map(Scheme.parse, NATIVE):
         for is_gated in (True, False):
-            for rows, heights in zip(ROWS, INT4_HEIGHTS, strict=True):
-                request = int4_request(Scheme.parse(name), heights, arch=ARCH, gather=is_gated, is_gated=is_gated)
-                title = f"{name} native {'gate_up' if is_gated else 'down'}"
-                yield title, rows, f"{','.join(map(str, heights))}x128k128s3", request
+            n, k = (WIDTH, HIDDEN) if is_gated else (HIDDEN, WIDTH)
+            gemm = Gemm(n, k, (scheme,) * EXPERTS, is_gated, apart=(scheme,))
+            for rows in ROWS:
+                shape = ada_config(gemm, rows).shape(scheme)
+                request = int4_request(scheme, shape.heights, arch=ARCH, gather=is_gated, is_gated=is_gated)
+                yield f"{scheme} native {'gate_up' if is_gated else 'down'}", rows, str(shape), request
 
 
 def main() -> None:

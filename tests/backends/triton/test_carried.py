@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -16,7 +18,7 @@ from mxmoe.errors import AheadFailed, BrokenCheckpoint
 from mxmoe.ir import BankShape, BlockShape, Scheme, print_ir
 from mxmoe.testing import at_stage
 
-from .small_blocks import Small
+from .small_blocks import DEVICE, Pair, Small
 
 ADA = 89
 SMALL = {"routed": (4, 2, 128, False), "shared": (1, 1, 256, False)}
@@ -121,3 +123,34 @@ def test_calls_find_what_was_installed(
 def test_what_does_not_compile_is_said() -> None:
     with pytest.raises(AheadFailed, match=r"does not compile for sm_89: [\s\S]*BadText"):
         compile_calls(Job("no module", (1,), ADA), quiet=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_calls_on_a_gpu_find_what_was_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rehearsed for the GPU that is here, put into an empty cache: nothing is left to compile for the same calls."""
+    from triton import knobs
+
+    from mxmoe.backends.triton import choose_ada, kernels, kernels_schedule, prepare
+
+    major, minor = torch.cuda.get_device_capability()
+    small = Small((Scheme.parse("w8a8_sym"), Scheme.parse("w4a8_g128_sym")), 256, 128)
+    pair, tokens = Pair.of(small), (16, 600)
+    rehearsed = compile_calls(Job(print_ir(pair.module, elide=None), tokens, 10 * major + minor), quiet=True)
+    # by rule, as where there was no GPU to measure on
+    monkeypatch.setattr(choose_ada, "tuned_for", lambda device: None)
+    monkeypatch.setattr(choose_ada, "DIVIDES", False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    install(list(rehearsed.values()))
+    for kernel in (one for module in (kernels, kernels_schedule, prepare) for one in vars(module).values()):
+        if hasattr(kernel, "device_caches"):
+            monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    found: dict[str, bool] = {}
+    monkeypatch.setattr(
+        knobs.compilation, "listener", lambda **named: found.update({named["metadata"]["hash"]: named["cache_hit"]})
+    )
+    for count in tokens:
+        routed = small.routing(count, 2)
+        index, weights = routed.index.to(DEVICE), routed.weights.to(DEVICE, torch.bfloat16)
+        pair.triton["mlp"]("routed", small.tokens(count, 1).to(DEVICE), index, weights)
+    assert found == {kernel.key: True for kernel in rehearsed.values()}
