@@ -41,7 +41,9 @@ RANDOM_POOL = ("w4a8_g128_sym", "w8a8_sym", "w8a8_e4m3", "w4a16_g128_asym", "w3a
 LEARNT_FROM = 8192
 """Tokens of the routing that solved plans take their frequencies from."""
 PLANS = RESULTS / "plans.json"
-SHORT = {"4": W4A8, "8": INT8}
+SHORT = {"4": W4A8, "8": INT8, "e": "w4a8_g128_sym_e4m3", "f": "w8a8_e4m3"}
+UNITS = ("48", "ef")
+"""Schemes that a solved plan mixes, as letters: those of int8 products, or those of fp8 ones."""
 BITS, TRADE = 5.0, 0.75
 
 Plan = tuple[tuple[str, ...], ...]
@@ -130,14 +132,24 @@ def solve_plan(model: Model, tokens: int, bits: float, cost_model: Any, trade: f
     """
     Solve loss^trade * time^(1 - trade) for both products of a model together, under mean bits per weight.
 
+    Both units are tried; the one whose plan takes less time, with losses that are the same for both, is kept.
+
     Returns:
-        Part -> one letter per expert: 4 for w4a8, 8 for w8a8.
+        Part -> one letter per expert, of `SHORT`.
     """
+    found = [_solve_for(letters, model, tokens, bits, cost_model, trade) for letters in UNITS]
+    return min(found, key=lambda one: one[0])[1]
+
+
+def _solve_for(
+    letters: str, model: Model, tokens: int, bits: float, cost_model: Any, trade: float  # noqa: ANN401
+) -> tuple[float, dict[str, str]]:  # fmt: skip
+    """Microseconds and plan of the schemes of one unit."""
     from mxmoe.cost import linear_cost_us
     from mxmoe.ir import Scheme
     from mxmoe.solver import Budget, Problem, solve
 
-    schemes = [Scheme.parse(W4A8), Scheme.parse(INT8)]
+    schemes = [Scheme.parse(SHORT[letter]) for letter in letters]
     parts = {part: Cell(model, tokens, part) for part in ("gate_up", "down")}
     # how often experts are asked for in general: a plan is not made for the one routing that is timed
     often = rows_of(Cell(model, LEARNT_FROM, "down")) / LEARNT_FROM
@@ -149,13 +161,14 @@ def solve_plan(model: Model, tokens: int, bits: float, cost_model: Any, trade: f
     sizes = [np.full(model.experts, float(np.prod(cell.gemms[0]))) for cell in parts.values()]
     problem = Problem(
         np.concatenate(list(losses.values())),
-        np.array([SCHEMES[W4A8][0], SCHEMES[INT8][0]]),
+        np.array([SCHEMES[SHORT[letter]][0] for letter in letters]),
         np.concatenate(cost),
         numel=np.concatenate(sizes),
     )
     chosen = np.asarray(solve(problem, Budget(weight_bits=bits), objective=trade).choice)
-    letters = np.array(["4", "8"])[chosen]
-    return {part: "".join(half) for part, half in zip(parts, np.split(letters, 2), strict=True)}
+    time_us = float(np.take_along_axis(np.concatenate(cost), chosen[:, None], 1).sum())
+    spelled = np.array(list(letters))[chosen]
+    return time_us, {part: "".join(half) for part, half in zip(parts, np.split(spelled, 2), strict=True)}
 
 
 def target_costs() -> tuple[Any, str]:

@@ -9,7 +9,7 @@ from moe_plans import (
     INT8,
     RANDOM_POOL,
     SCHEMES,
-    SHORT,
+    UNITS,
     W4A8,
     hottest,
     mean_bits,
@@ -53,7 +53,7 @@ def test_a_plan_is_solved_within_its_bits() -> None:
     model = Model("drawn", 256, 128, 16, 2)
     plan = solve_plan(model, 64, 6.0, target_costs()[0])
     assert 5.5 < used_bits(plan) <= 6.0
-    assert set("".join(plan.values())) == set(SHORT)
+    assert set("".join(plan.values())) in map(set, UNITS)
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -212,7 +212,8 @@ def hash_functions(modules: Sequence[str], root: str) -> str:
     """
     Hash a kernel and all that it names, directly or not, among functions and constants of some modules' texts.
 
-    Comments, docstrings and annotations do not count. What bears one name in two modules counts as one.
+    Comments, docstrings and annotations do not count, nor does the version of Python. What bears one name in two modules
+    counts as one.
     """
     known: dict[str, list[ast.stmt]] = {root: []}
     for node in (node for text in modules for node in ast.parse(text).body):
@@ -224,7 +225,7 @@ def hash_functions(modules: Sequence[str], root: str) -> str:
     while left:
         name = left.pop()
         if name in known and name not in found:
-            found[name] = "".join(ast.dump(_Bare().visit(node)) for node in known[name])
+            found[name] = "".join(ast.unparse(_Bare().visit(node)) for node in known[name])
             left += [one.id for node in known[name] for one in ast.walk(node) if isinstance(one, ast.Name)]
     return hashlib.sha256("".join(found[name] for name in sorted(found)).encode()).hexdigest()[:16]
 
