@@ -31,13 +31,6 @@ Most registers of a thread, where a launch asks for them all.
 Left to itself the assembler gives 128, for two programs of eight warps, and spills a few; asked for more than it needs
 it takes them too, so that only launches which would spill ask.
 """
-DIVIDES = True
-"""
-Whether launches of many rows on sm_90 take the kernels of `hopper.py`.
-
-Off: alone they were held to the definition and timed on an H200 (faster from 96 rows of a mean expert on), within a
-whole block they have not run yet.
-"""
 RESIDENT_WARPS = 8
 """Warps of a multiprocessor that are at work at once, at least: two for each of its partitions to take turns."""
 
@@ -57,7 +50,7 @@ def config_for(gemm: Gemm, tokens: int, top_k: int, device: torch.device, *, is_
 
 def _divides(device: torch.device) -> bool:
     """Whether launches on a device may take the divided kernel."""
-    if not DIVIDES or device.type != "cuda":
+    if device.type != "cuda":
         return False
     from mxmoe.backends.triton import hopper  # its kernels are no Python that the interpreter runs
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mxmoe.backends.routing import check_shapes
 from mxmoe.backends.triton.choose_ada import config_for
 from mxmoe.backends.triton.dispatch import Dispatch, Tables
-from mxmoe.backends.triton.joint import JOINS_ON_GPU, MOST_TOKENS, Joint
+from mxmoe.backends.triton.joint import MOST_TOKENS, Joint
 from mxmoe.backends.triton.launch import (
     FUSED,
     Epilogue,
@@ -24,7 +24,6 @@ from mxmoe.backends.triton.launch import (
     run_combine,
     sort_rows,
 )
-from mxmoe.backends.triton.mode import interpreting
 from mxmoe.backends.triton.native import multiply
 from mxmoe.backends.triton.op import hold
 from mxmoe.backends.triton.schedule import allocate, build
@@ -229,8 +228,7 @@ class TritonExecutable:
 
     def joins(self, tokens: int) -> bool:
         """Say whether `run_block` runs both banks of so many tokens in the same launches."""
-        runs = JOINS_ON_GPU or interpreting()
-        return runs and self.joint is not None and 0 < tokens <= MOST_TOKENS
+        return self.joint is not None and 0 < tokens <= MOST_TOKENS
 
     @torch.no_grad()
     def run_block(

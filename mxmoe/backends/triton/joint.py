@@ -42,14 +42,13 @@ _KERNELS: Any = kernels_joint
 
 JOINED = ("routed", "shared")
 """Banks that one set of launches may run, in the order of their lanes."""
-JOINS_ON_GPU = True
+MOST_TOKENS = 16
 """
-Whether banks are joined on a GPU as they are in the interpreter, where they are held to the definition.
+Tokens up to which banks run together.
 
-Off: the joined kernels compile for sm_89 and sm_90 and have not run on either yet.
+On an H200 that saves 20 to 25 us of a block of Qwen1.5-MoE with 1 to 16 tokens (`benchmarks/joined_banks.py`). Beyond,
+each has tiles of its own, and the compiler would give every class of the shared expert's tiles memory for itself.
 """
-MOST_TOKENS = 1024
-"""Tokens up to which banks run together; beyond, starting launches takes no part, and each has tiles of its own."""
 BEYOND = 16
 """Rows; the shared expert's begin at a multiple, aligned as the routed ones are (see `kernels.FIELDS`)."""
 

@@ -126,9 +126,6 @@ def test_launches_with_another_end_are_whole(monkeypatch: pytest.MonkeyPatch) ->
     assert reads_sorted(config_for(gemm, 4096, 4, device))
     assert not reads_sorted(config_for(gemm, 4096, 4, device, is_plain=True))
     assert not reads_sorted(config_for(gemm, 4096, 4, torch.device("cpu")))
-    monkeypatch.setattr(choose_ada, "DIVIDES", False)
-    assert not reads_sorted(config_for(gemm, 4096, 4, device))
-    monkeypatch.setattr(choose_ada, "DIVIDES", True)
     monkeypatch.setattr(choose_ada, "arch_of", lambda _device: 89)
     assert not reads_sorted(config_for(gemm, 4096, 4, device))
 

@@ -117,7 +117,7 @@ def test_both_banks_as_each_alone_and_as_the_definition(schemes: tuple[str, ...]
     module, weights = make(schemes)
     made = compiled(module, weights)
     defined = EagerBackend().compile(module, weights)["mlp"]
-    for tokens in (1, 17):
+    for tokens in (1, MOST_TOKENS):
         assert made.joins(tokens)
         args = draw(tokens, seed=tokens)
         both, each = made.run_block(*args), apart(made, *args)
