@@ -212,8 +212,8 @@ def hash_functions(modules: Sequence[str], root: str) -> str:
     """
     Hash a kernel and all that it names, directly or not, among functions and constants of some modules' texts.
 
-    Comments, docstrings, annotations and the version of Python do not count. What bears one name in two modules counts as
-    one.
+    Comments, docstrings, annotations and the version of Python do not count. What bears one name in two modules counts
+    as one.
     """
     known: dict[str, list[ast.stmt]] = {root: []}
     for node in (node for text in modules for node in ast.parse(text).body):
