@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -22,6 +19,8 @@ from mxmoe.backends.triton.cubin import CubinFacts, read_cubin
 from mxmoe.ir import BankShape, BlockShape, Scheme
 from mxmoe.quant import Weights
 from mxmoe.testing import Routed, assert_backends_agree, at_stage, random_weights
+
+from .child import run_in_child
 
 HAS_GPU = torch.cuda.is_available()
 ADA = "sm89"
@@ -107,8 +106,4 @@ def test_ada_experts_agree_with_the_definition(names: tuple[str, ...], tokens: i
 @pytest.mark.skipif(knobs.runtime.override_arch == ADA, reason="is run by itself")
 def test_experts_on_the_code_path_of_ada() -> None:
     """By Triton's own variable, in a process of its own: no kernel that this one has compiled is taken for another."""
-    environment = {**os.environ, "TRITON_OVERRIDE_ARCH": ADA}
-    command = [sys.executable, "-m", "pytest", "-x", "-vv", "-p", "no:cacheprovider", "-k", "ada_experts", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert done.stdout.count("PASSED") == 3 * (len(SCHEMES) + 1)
+    assert run_in_child(__file__, "ada_experts", TRITON_OVERRIDE_ARCH=ADA).count("PASSED") == 3 * (len(SCHEMES) + 1)

@@ -109,11 +109,11 @@ def test_hopper_emulates_with_eight_bits() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}x{case[2]}")
 def test_on_the_device(case: tuple[Any, ...], dtype: torch.dtype) -> None:
-    """Exact; a fused activation alone may differ, in the last bit of an exponential."""
+    """Exact but for float32, where a product and a sum may be contracted, and for the last bit of an exponential."""
     positional, named = scenario(**dict(zip(NAMES, case, strict=True)), device="cuda", dtype=dtype)
     int4_group_gemm(*positional, **named)
     wanted = expected(positional, named)
-    if named["options"].act is None:
+    if named["options"].act is None and dtype != torch.float32:
         assert torch.equal(positional[4], wanted)
     else:
         torch.testing.assert_close(positional[4], wanted)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -36,6 +33,7 @@ from mxmoe.errors import BadInt4
 from mxmoe.ir import Scheme
 from mxmoe.quant import quantize_activation
 
+from .child import run_in_child
 from .int4_cases import CHANNEL, GROUPED, weight
 
 BOTH = pytest.mark.parametrize("scheme", [GROUPED, CHANNEL], ids=str)
@@ -114,11 +112,7 @@ def test_kernel_lets_rows_that_are_no_numbers_spoil_themselves_only(scheme: Sche
 @pytest.mark.skipif(knobs.runtime.interpret, reason="is run by itself")
 def test_kernels_in_the_interpreter() -> None:
     """Triton decides when it is loaded whether it interprets, so this takes a process of its own."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-vv", "-p", "no:cacheprovider", "-k", "test_kernel_", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert done.stdout.count("PASSED") == 4
+    assert run_in_child(__file__, "test_kernel_", TRITON_INTERPRET="1").count("PASSED") == 4
 
 
 def test_schemes() -> None:

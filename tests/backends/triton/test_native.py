@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +18,7 @@ from mxmoe.backends.triton.tiles import Gemm
 from mxmoe.ir import Scheme
 from mxmoe.quant import pack
 
+from .child import run_in_child
 from .small_blocks import DEVICE, Pair, Small
 
 HAS_GPU = torch.cuda.is_available()
@@ -166,8 +164,4 @@ def test_ada_int4_in_a_graph() -> None:
 @pytest.mark.skipif(knobs.runtime.override_arch == ADA, reason="is run by itself")
 def test_int4_within_blocks_as_on_ada() -> None:
     """By Triton's own variable, in a process of its own: no kernel that this one has compiled is taken for another."""
-    environment = {**os.environ, "TRITON_OVERRIDE_ARCH": ADA}
-    command = [sys.executable, "-m", "pytest", "-x", "-vv", "-p", "no:cacheprovider", "-k", "ada_int4", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert done.stdout.count("PASSED") == 3 * len(SMALLS) + 1
+    assert run_in_child(__file__, "ada_int4", TRITON_OVERRIDE_ARCH=ADA).count("PASSED") == 3 * len(SMALLS) + 1

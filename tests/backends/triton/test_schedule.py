@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -25,6 +22,8 @@ from mxmoe.backends.triton.ahead import compile_ahead
 from mxmoe.backends.triton.dispatch import Dispatch, Tables, TileClass, Tiling
 from mxmoe.backends.triton.schedule import allocate, build, build_reference
 from mxmoe.errors import BadDispatch
+
+from .child import run_in_child
 
 interpreted = pytest.mark.skipif(not knobs.runtime.interpret, reason="run by test_kernels_in_the_interpreter")
 on_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -248,11 +247,7 @@ def test_kernel_cuts_every_count_as_the_twin(few: int) -> None:
 @pytest.mark.skipif(knobs.runtime.interpret, reason="is run by itself")
 def test_kernels_in_the_interpreter() -> None:
     """Triton decides when it is loaded whether it interprets, so this takes a process of its own."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-vv", "-p", "no:cacheprovider", "-k", "kernel_", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert done.stdout.count("PASSED") == 5
+    assert run_in_child(__file__, "kernel_", TRITON_INTERPRET="1").count("PASSED") == 5
 
 
 @pytest.mark.parametrize("arch", [89, 90])
