@@ -26,7 +26,7 @@ E4M3_STEP = tl.constexpr(2.0**9)
 """Magnitudes become the mantissa of a subnormal e4m3, whose lowest bit is 2^-9."""
 
 # a signed nibble with its top bit flipped lies in the byte's high half: 16 * (code - 8)
-_HIGH_NIBBLES = tl.constexpr("""{
+HIGH_NIBBLES = tl.constexpr("""{
 .reg .b32 t;
 shl.b32 t, $2, 4;
 lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A;
@@ -34,7 +34,7 @@ lop3.b32 $1, $2, 0xF0F0F0F0, 0x80808080, 0x6A;
 }""")
 
 # bits 7 and 2..0 are sign and magnitude of the low code, bits 6 and 5..3 those of the high one
-_SUBNORMALS = tl.constexpr("""{
+SUBNORMALS = tl.constexpr("""{
 .reg .b32 t, u;
 and.b32 $0, $2, 0x87878787;
 shr.b32 t, $2, 3;
@@ -80,7 +80,7 @@ def int8_parts(p: tl.tensor, PTX: tl.constexpr) -> Any:
     """Bytes [n, 64] of 4-bit codes -> both parts as int8 [n, 64], 16 * (code - 8)."""
     if PTX:
         low, high = tl.inline_asm_elementwise(
-            _HIGH_NIBBLES, "=r,=r,r", [p], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+            HIGH_NIBBLES, "=r,=r,r", [p], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
         )
     else:
         low = ((p << 4) ^ 0x80).to(tl.int8, bitcast=True)
@@ -93,7 +93,7 @@ def e4m3_parts(p: tl.tensor, PTX: tl.constexpr) -> Any:
     """Bytes [n, 64] of sign-magnitude codes -> both parts as e4m3 [n, 64], code * 2^-9."""
     if PTX:
         low, high = tl.inline_asm_elementwise(
-            _SUBNORMALS, "=r,=r,r", [p], dtype=(tl.float8e4nv, tl.float8e4nv), is_pure=True, pack=4
+            SUBNORMALS, "=r,=r,r", [p], dtype=(tl.float8e4nv, tl.float8e4nv), is_pure=True, pack=4
         )
     else:
         low = (p & 0x87).to(tl.float8e4nv, bitcast=True)

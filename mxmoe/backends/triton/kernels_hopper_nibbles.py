@@ -14,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from mxmoe.backends.triton.decode import E4M3_STEP, HIGH_NIBBLES, INT8_STEP, SUBNORMALS
 from mxmoe.backends.triton.kernels_hopper_ring import (
     BIAS,
     COLUMNS,
@@ -35,25 +36,6 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     store,
     take,
 )
-
-INT8_STEP = gl.constexpr(2.0**-4)
-E4M3_STEP = gl.constexpr(2.0**9)
-
-# the tricks of `decode.py`, four codes at a time
-_HIGH_NIBBLES = gl.constexpr("""{
-.reg .b32 t;
-shl.b32 t, $2, 4;
-lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A;
-lop3.b32 $1, $2, 0xF0F0F0F0, 0x80808080, 0x6A;
-}""")
-_SUBNORMALS = gl.constexpr("""{
-.reg .b32 t, u;
-and.b32 $0, $2, 0x87878787;
-shr.b32 t, $2, 3;
-and.b32 t, t, 0x07070707;
-shl.b32 u, $2, 1;
-lop3.b32 $1, u, 0x80808080, t, 0xEA;
-}""")
 
 
 @gluon.jit
@@ -133,11 +115,11 @@ def _decode(p: gl.tensor, INT: gl.constexpr) -> gl.tensor:
     """Bytes of codes -> both parts as operands: int8 of 16 times the code, or e4m3 of 2^-9 times it."""
     if INT:
         low, high = gl.inline_asm_elementwise(
-            _HIGH_NIBBLES, "=r,=r,r", [p], dtype=(gl.int8, gl.int8), is_pure=False, pack=4
+            HIGH_NIBBLES, "=r,=r,r", [p], dtype=(gl.int8, gl.int8), is_pure=False, pack=4
         )
     else:
         low, high = gl.inline_asm_elementwise(
-            _SUBNORMALS, "=r,=r,r", [p], dtype=(gl.float8e4nv, gl.float8e4nv), is_pure=False, pack=4
+            SUBNORMALS, "=r,=r,r", [p], dtype=(gl.float8e4nv, gl.float8e4nv), is_pure=False, pack=4
         )
     return low, high
 

@@ -33,7 +33,14 @@ KERNELS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     WHOLE: ("group_gemm", ("bodies", "decode", "kernels", "kernels_schedule", "schedule")),
     DIVIDED: (
         "divided_gemm",
-        ("kernels", "kernels_hopper", "kernels_hopper_dense", "kernels_hopper_nibbles", "kernels_hopper_ring"),
+        (
+            "decode",
+            "kernels",
+            "kernels_hopper",
+            "kernels_hopper_dense",
+            "kernels_hopper_nibbles",
+            "kernels_hopper_ring",
+        ),
     ),
 }
 """Kind of kernel -> its function, and the modules whose functions become its machine code."""

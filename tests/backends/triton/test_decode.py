@@ -188,14 +188,14 @@ def _words() -> list[int]:
 
 def test_ptx_of_nibbles() -> None:
     for word in _words():
-        low, high = run_ptx(decode._HIGH_NIBBLES.value, word, 2)
+        low, high = run_ptx(decode.HIGH_NIBBLES.value, word, 2)
         for byte, a, b in zip(_bytes_of(word), _bytes_of(low), _bytes_of(high), strict=True):
             assert (a, b) == (16 * ((byte & 15) - 8) & 0xFF, 16 * ((byte >> 4) - 8) & 0xFF)
 
 
 def test_ptx_of_subnormals() -> None:
     for word in _words():
-        low, high = run_ptx(decode._SUBNORMALS.value, word, 2)
+        low, high = run_ptx(decode.SUBNORMALS.value, word, 2)
         for byte, a, b in zip(_bytes_of(word), _bytes_of(low), _bytes_of(high), strict=True):
             assert (a, b) == (byte & 0x87, (byte << 1) & 0x80 | (byte >> 3) & 7)
 
@@ -208,14 +208,14 @@ def test_ptx_of_bf16_nibbles() -> None:
         assert halves[4:] == [byte >> 4 for byte in _bytes_of(word)]
 
 
-@pytest.mark.parametrize("name", ["_HIGH_NIBBLES", "_SUBNORMALS"])
+@pytest.mark.parametrize("name", ["HIGH_NIBBLES", "SUBNORMALS"])
 def test_ptx_for_all_words(name: str) -> None:
     z3 = pytest.importorskip("z3")
     word = z3.BitVec("word", 32)
     low, high = run_ptx(getattr(decode, name).value, word, 2)
     for place in range(4):
         byte, a, b = (z3.Extract(8 * place + 7, 8 * place, one) for one in (word, low, high))
-        if name == "_HIGH_NIBBLES":
+        if name == "HIGH_NIBBLES":
             wanted = (16 * ((byte & 15) - 8), 16 * (z3.LShR(byte, 4) - 8))
         else:
             wanted = (byte & 0x87, ((byte << 1) & 0x80) | (z3.LShR(byte, 3) & 7))
