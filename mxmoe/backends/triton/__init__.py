@@ -1,9 +1,12 @@
 """
 The GPU backend: one grouped launch for experts of any mix of schemes, from a tile schedule built on the device.
 
-`layout` packs, `dispatch` and `schedule` say which program runs what, `bodies` multiply, `launch` strings them
-together; `tune` and `profile` measure. Nothing here imports Triton before `compile`: without a GPU it must be told to
-interpret first.
+`layout` packs, `dispatch` and `schedule` say which program runs what, `launch` strings the launches of a call
+together and `executable` holds a block. The product itself is one of two: `kernels` with the `bodies` of every
+scheme, on any GPU; or the divided kernel of sm_90, `hopper` and `kernels_hopper*`; experts on INT4 units of sm_80 to
+sm_89 have `native`. Which of them, in which tiles, is for `choose_ada` with what `tune` has measured; `profile`
+measures costs. `carried` and `rehearsal` compile for a GPU that is not here. Nothing imports Triton before `compile`:
+without a GPU it must be told to interpret first.
 """
 
 from __future__ import annotations
