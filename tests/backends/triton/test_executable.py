@@ -75,7 +75,7 @@ def test_every_activation_is_computed_in_the_kernel(act: str) -> None:
             pair.check(small.tokens(4, 0), small.routing(4, 0))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(case=cases("lowered", KERNEL_SCHEMES[::5]))
 def test_drawn_blocks_equal_the_definition(case: Case) -> None:
     backends = ("eager", "numba", TritonBackend("89"))
