@@ -196,7 +196,8 @@ def test_a_margin_is_clear_beyond_twice_its_noise() -> None:
 
 
 def test_a_short_run_measures_and_writes_the_page(tmp_path: Path) -> None:
-    accuracy.main(["--smoke", "--results", str(tmp_path), "--docs", str(tmp_path), "--quantizers", "rtn", "gptq", "gptq+hadamard", "rtn+hadamard"])
+    quantizers = ("rtn", "gptq", "gptq+hadamard", "rtn+hadamard")
+    accuracy.main(["--smoke", "--results", str(tmp_path), "--docs", str(tmp_path), "--quantizers", *quantizers])
     with (tmp_path / "accuracy.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert all(float(row["held_ppl"]) > 0 and float(row["held_kl"]) >= 0 for row in rows)
