@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from mxmoe.backends.triton.choose_ada import choose
-from mxmoe.backends.triton.measure import Job, Workload, gpu_divides, read_rows, rows_of, sweep
+from mxmoe.backends.triton.measure import gpu_divides, read_rows, sweep
 from mxmoe.backends.triton.tiles import DIVIDED_WARPS, Config, Gemm
 from mxmoe.backends.triton.tune import TOKENS, WORKLOADS
 from mxmoe.backends.triton.tuned import Tuned, for_device, parse_config, spell_config
+from mxmoe.backends.triton.workloads import Job, Workload, rows_of
 from mxmoe.files import write_whole
 from mxmoe.ir import Scheme
 

@@ -18,7 +18,7 @@ import triton
 from mxmoe.backends.triton import hopper
 from mxmoe.backends.triton.choose import FEW, SOME, by_rule, mean_rows
 from mxmoe.backends.triton.layout import body_of
-from mxmoe.backends.triton.measure import FIELDS, Job, Workload, add_rows, gpu_divides, sweep
+from mxmoe.backends.triton.measure import add_rows, gpu_divides, sweep
 from mxmoe.backends.triton.tiles import HEIGHTS, WIDTHS, Config, Gemm, Shape
 from mxmoe.backends.triton.tuned import (
     WHOLE,
@@ -31,6 +31,7 @@ from mxmoe.backends.triton.tuned import (
     run_of,
     spell_config,
 )
+from mxmoe.backends.triton.workloads import FIELDS, Job, Workload
 from mxmoe.files import write_whole
 from mxmoe.ir import Scheme
 
@@ -48,7 +49,7 @@ SCHEMES = ("w4a8_g128_sym", "w8a8_sym", "w4a16_g128_asym", "w8a8_e4m3", "bf16", 
 SETS = ("w4a8_g128_sym+w8a8_sym",)
 """Schemes that are tuned together."""
 SET_SEED = 7
-"""Which draw of `measure.schemes_of` the experts of a set have: about a half each."""
+"""Which draw of `workloads.schemes_of` the experts of a set have: about a half each."""
 MOST_SUMS = 128 * 256
 """Sums of a tile; more do not fit the registers."""
 ROUNDS = (0.6, 0.15, 0.25)

@@ -18,11 +18,12 @@ from mxmoe.backends.triton import choose_ada, hopper, measure, tune
 from mxmoe.backends.triton.choose import by_rule, mean_rows
 from mxmoe.backends.triton.choose_ada import choose, config_for
 from mxmoe.backends.triton.launch import Epilogue, reads_sorted, run_gemm
-from mxmoe.backends.triton.measure import Clock, Job, Workload, add_rows, read_rows
+from mxmoe.backends.triton.measure import Clock, add_rows, read_rows
 from mxmoe.backends.triton.profile import gain_of_mixes, launches, profile_jobs
 from mxmoe.backends.triton.tiles import Config, Gemm
 from mxmoe.backends.triton.tuned import DIVIDED, WHOLE, Entry, Tuned, current_hashes, kind_of, parse_config
 from mxmoe.backends.triton.tuned import spell_config as spell
+from mxmoe.backends.triton.workloads import FIELDS, Job, Workload
 from mxmoe.errors import WrongTiles
 from mxmoe.ir import Scheme
 
@@ -152,7 +153,7 @@ def test_divided_configs_are_measured_in_every_class_before_changes(scheme: str,
 def measured(*jobs: Job, us: dict[str, float]) -> list[dict[str, str]]:
     """Rows of a file of measurements: of each kind so many microseconds, a little more for every job."""
     return [
-        {**dict(zip(measure.FIELDS, job.key, strict=False)), "status": "ok",
+        {**dict(zip(FIELDS, job.key, strict=False)), "status": "ok",
          "time_us": f"{us[kind_of(parse_config(job.config))] + 0.01 * at:.3f}"}
         for at, job in enumerate(jobs)
     ]  # fmt: skip

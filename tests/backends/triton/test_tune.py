@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxmoe.backends.triton import measure, tune, tuned
+from mxmoe.backends.triton import measure, tune, tuned, workloads
 from mxmoe.backends.triton.choose import by_rule, mean_rows
-from mxmoe.backends.triton.measure import Job, Workload, random_arena, routing, rows_of, schemes_of, sweep, turns_of
+from mxmoe.backends.triton.measure import random_arena, sweep
 from mxmoe.backends.triton.profile import gain_of_mixes, launches, mixed_plan, profile_jobs
 from mxmoe.backends.triton.tiles import DIVIDED_WARPS, HEIGHTS, WIDTHS, Config, Gemm, Shape
 from mxmoe.backends.triton.tuned import (
@@ -29,6 +29,7 @@ from mxmoe.backends.triton.tuned import (
     hash_functions,
     tuned_config,
 )
+from mxmoe.backends.triton.workloads import Job, Workload, routing, rows_of, schemes_of, turns_of
 from mxmoe.errors import BadTiles
 from mxmoe.ir import Scheme
 
@@ -285,8 +286,8 @@ def test_a_round_of_launches_outlasts_the_cache(plan: str, one: Workload, tokens
     turns = turns_of(job)
     gemm = one.gemm(plan)
     active = np.flatnonzero(rows_of(job)).tolist()
-    read = len(turns) * measure.weight_bytes(gemm, active)
-    assert read >= measure.CACHE or len(turns) == measure.MOST_TURNS
+    read = len(turns) * workloads.weight_bytes(gemm, active)
+    assert read >= workloads.CACHE or len(turns) == workloads.MOST_TURNS
     for copy, ids in turns:
         assert sorted(np.bincount(ids.ravel(), minlength=one.experts).tolist()) == rows
         assert 0 <= copy < len(turns)
