@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from mxmoe.backends.triton import choose_ada, hopper, measure, tune
+from mxmoe.backends.triton import choose_ada, hopper, measure, tune, workloads
 from mxmoe.backends.triton.choose import by_rule, mean_rows
 from mxmoe.backends.triton.choose_ada import choose, config_for
 from mxmoe.backends.triton.launch import Epilogue, reads_sorted, run_gemm
@@ -286,7 +286,7 @@ def test_the_clock_charges_sorting_and_compares_results(
         return 7.0 if sorts else 4.0 if "begin" in str(calls[0].func) else 100.0
 
     monkeypatch.setattr(measure, "graph_us", graph_us)
-    monkeypatch.setattr(measure, "CACHE", 1.0)
+    monkeypatch.setattr(workloads, "CACHE", 1.0)
     one = Workload(128, 256, gated, 4, 2)
     clock = Clock(torch.device("cpu"))
     gemm = one.gemm(W8)
