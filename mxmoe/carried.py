@@ -13,7 +13,7 @@ from mxmoe.ir import GroupGemmOp, ModuleOp, Scheme, moe_ops, parse_ir
 from mxmoe.quant import Packed, PackedWeights
 from mxmoe.target import Backend, CompilesAhead, Executable, Kernel, Target
 
-_PARTS = ("payload", "scale", "zero")
+_PARTS = ("payload", "scale", "zero", "multipliers")
 _KERNEL = "kernel/"
 _LOG = logging.getLogger("mxmoe")
 

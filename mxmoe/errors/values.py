@@ -20,7 +20,10 @@ class BrokenEntry(MxmoeError):
 class BadScheme(MxmoeError):
     """A scheme string outside the grammar, or a combination of fields that has no meaning."""
 
-    message = "{text!r} is no scheme: {reason}; write w<bits>a<bits>[_g<group>][_sym|_asym][_e4m3|_fp16], bf16 or fp16"
+    message = (
+        "{text!r} is no scheme: {reason};"
+        " write w<bits>a<bits>[_g<group>][_sym|_asym][_e4m3|_fp16][_iscale], bf16 or fp16"
+    )
 
 
 class BadTable(MxmoeError):

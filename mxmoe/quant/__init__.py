@@ -22,6 +22,7 @@ from mxmoe.quant.quantizers import (
     spell_quantizer,
 )
 from mxmoe.quant.rtn import checked_weight, dequantize, quantize
+from mxmoe.quant.scales import LARGEST_MULTIPLIER, join_scales, split_scales
 from mxmoe.quant.tolerance import block_tolerance, tolerance
 from mxmoe.quant.weights import PackedWeights, Weights
 
@@ -29,6 +30,7 @@ __all__ = [
     "ACTS",
     "ACT_PARAMS",
     "FORMATS",
+    "LARGEST_MULTIPLIER",
     "POINTWISE",
     "QUANTIZERS",
     "Format",
@@ -49,6 +51,7 @@ __all__ = [
     "find_quantizer",
     "hadamard",
     "hessian_error",
+    "join_scales",
     "largest_act_code",
     "matmul",
     "n_payload_bytes",
@@ -62,6 +65,7 @@ __all__ = [
     "rotate",
     "scale_dtype",
     "spell_quantizer",
+    "split_scales",
     "tolerance",
     "unpack",
     "unpack_codes",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mxmoe.ir import Scheme
 from mxmoe.quant.quantized import scale_dtype
-from mxmoe.quant.scales import join_groups, saturate, split_groups, storable_scale
+from mxmoe.quant.scales import join_groups, multiples_above, saturate, split_groups, storable_scale
 
 E4M3_MAX = 448.0
 
@@ -46,7 +46,8 @@ class Affine:
     Symmetric: `s = max|w| / (2^(b-1) - 1)`, z = 2^(b-1), and code 0 is unused. Symmetric 1 bit has the values -s and s
     with s = mean|w|, as in XNOR-Net (Rastegari et al. 2016, eq. 6). Asymmetric: the range [min(0, w), max(0, w)] is cut
     in 2^b - 1 steps, z is the code of zero (Jacob et al. 2018, section 2.1). A group of zeros has s = 1 and codes of
-    value 0; in symmetric 1 bit, which has no such code, s = 0.
+    value 0; in symmetric 1 bit, which has no such code, s = 0. Integer scales are rounded up by `multiples_above`, and
+    a group of zeros among others has the smallest there is.
     """
 
     limit: float = math.inf
@@ -63,7 +64,10 @@ class Affine:
         if scheme.weight_bits == 1:
             mean = groups.abs().sum(-1, dtype=torch.float64) / _lengths(weight, scheme)
             return torch.where(mean > 0, storable_scale(mean, 1, dtype), 0.0).to(dtype), None
-        return _fit_largest(groups, 2 ** (scheme.weight_bits - 1) - 1, dtype), None
+        steps = 2 ** (scheme.weight_bits - 1) - 1
+        if scheme.integer_scales:
+            return multiples_above(groups.abs().amax(-1).double() / steps, steps), None
+        return _fit_largest(groups, steps, dtype), None
 
     def encode(self, weight: Tensor, scheme: Scheme, scale: Tensor | None, zero: Tensor | None) -> Tensor:
         """As in `Format`; halves go to the even code."""

@@ -54,7 +54,7 @@ class Gptq(WithOptions):
     """Round channels with large inputs first. Codes stay in place, so that kernels see no difference."""
     static_groups: bool = True
     """Scales are of the original weight; else each group's are fitted when its turn comes, and with `act_order` groups
-    are ordered as wholes."""
+    are ordered as wholes. Integer scales are always of the original weight."""
     block: int = 128
     """Channels between two products with all that follows; with dynamic groups a block is a group."""
     scales: str = "rtn"
@@ -157,9 +157,10 @@ class _Work:
         self.format = FORMATS[scheme.weight_format]
         self.plain: Quantizer = find_quantizer(options.scales)
         # one column is a weight of one channel with a scale of its own
-        self.column = dataclasses.replace(scheme, group_size=None)
+        self.column = dataclasses.replace(scheme, group_size=None, integer_scales=False)
         batch, n, k = weight.shape
-        self.is_dynamic = not options.static_groups and scheme.group_size is not None
+        # integer scales are multiples of the largest of their channel, which is not known before its last group
+        self.is_dynamic = not (options.static_groups or scheme.group_size is None or scheme.integer_scales)
         self.order, self.feedback = factors.of(scheme.group_size if self.is_dynamic else None)
         self.group = self.order // (scheme.group_size or k)
         self.matrices = torch.arange(batch, device=weight.device)[:, None]

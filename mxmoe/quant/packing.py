@@ -10,16 +10,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from mxmoe.quant.quantized import CODE_DTYPES, Packed, Quantized
+from mxmoe.quant.scales import join_scales, split_scales
 
 # after 8 codes of b bits the stream is back at a byte border, b bytes further: packing repeats with this period
 PERIOD = 8
 
 
 def pack(q: Quantized) -> Packed:
-    """Pack codes along the input channels, each row on its own; scales and zero points stay. Undone by `unpack`."""
+    """
+    Pack codes along the input channels, each row on its own. Undone by `unpack`.
+
+    Scales and zero points stay, but integer scales, which are split.
+    """
     if q.codes.dtype != torch.uint8:  # a float is its own bits
         return Packed(q.scheme, q.n, q.k, q.codes.contiguous().view(torch.uint8), q.scale, q.zero)
-    return Packed(q.scheme, q.n, q.k, pack_codes(q.codes, q.scheme.weight_bits), q.scale, q.zero)
+    scale, multipliers = q.scale, None
+    if q.scheme.integer_scales and scale is not None:
+        scale, multipliers = split_scales(scale)
+    return Packed(q.scheme, q.n, q.k, pack_codes(q.codes, q.scheme.weight_bits), scale, q.zero, multipliers)
 
 
 def unpack(packed: Packed) -> Quantized:
@@ -29,7 +37,10 @@ def unpack(packed: Packed) -> Quantized:
         codes = packed.payload.contiguous().view(dtype)
     else:
         codes = unpack_codes(packed.payload, packed.scheme.weight_bits, packed.k)
-    return Quantized(packed.scheme, codes, packed.scale, packed.zero)
+    scale = packed.scale
+    if packed.multipliers is not None and scale is not None:
+        scale = join_scales(scale, packed.multipliers)
+    return Quantized(packed.scheme, codes, scale, packed.zero)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

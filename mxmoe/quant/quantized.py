@@ -9,13 +9,14 @@ from torch import Tensor
 
 from mxmoe.errors import BadPacked, BadQuantized
 from mxmoe.ir import Scheme
+from mxmoe.quant.scales import LARGEST_MULTIPLIER, are_multiples
 
 CODE_DTYPES = {"int": torch.uint8, "e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def scale_dtype(scheme: Scheme) -> torch.dtype:
-    """Type of a stored scale and zero point: float32 per channel, bfloat16 in groups."""
-    return torch.float32 if scheme.group_size is None else torch.bfloat16
+    """Type of a scale and zero point: float32 per channel and where scales are integer, bfloat16 in other groups."""
+    return torch.float32 if scheme.group_size is None or scheme.integer_scales else torch.bfloat16
 
 
 def n_payload_bytes(k: int, scheme: Scheme) -> int:
@@ -32,8 +33,8 @@ class Quantized:
     w4a16_g128_asym has codes [4, 256], scale [4, 2] and zero [4, 2].
 
     Raises:
-        BadQuantized: a shape or dtype that does not fit the scheme, or a fractional zero point where activations
-            are quantized too.
+        BadQuantized: a shape or dtype that does not fit the scheme, a fractional zero point where activations are
+            quantized too, or integer scales that are not 1 to 16 times a sixteenth of their channel's largest.
     """
 
     scheme: Scheme
@@ -41,7 +42,8 @@ class Quantized:
     codes: Tensor
     """[..., n, k]; uint8 for integers, float8_e4m3fn, or the bfloat16 / float16 weights themselves."""
     scale: Tensor | None = None
-    """[..., n, groups], float32 per channel and bfloat16 in groups, at least 0; None for a float scheme."""
+    """[..., n, groups], of `scale_dtype`, at least 0; None for a float scheme. `split_scales` has the whole numbers of
+    integer scales."""
     zero: Tensor | None = None
     """Like `scale`; None unless asymmetric. Integers held as floats; a weight-only scheme takes fractions too."""
 
@@ -78,7 +80,8 @@ class Packed:
     being bit `b % 8` of byte `b // 8`. Codes 1, 2, 3 at 3 bits -> 0b011_010_001 -> bytes 209, 0.
 
     Raises:
-        BadPacked: the payload does not have the bytes that scheme, n and k ask for.
+        BadPacked: the payload does not have the bytes that scheme, n and k ask for, or has no multipliers where the
+            scheme has some, or the other way round.
     """
 
     scheme: Scheme
@@ -90,9 +93,11 @@ class Packed:
     payload: Tensor
     """uint8 [..., n, ceil(k * bits / 8)]."""
     scale: Tensor | None = None
-    """As in `Quantized`."""
+    """As in `Quantized`; of integer scales the channel scales [..., n, 1], see `split_scales`."""
     zero: Tensor | None = None
     """As in `Quantized`."""
+    multipliers: Tensor | None = None
+    """uint8 [..., n, groups] of integer scales; None for other schemes."""
 
     def __post_init__(self) -> None:
         wanted = (self.n, n_payload_bytes(self.k, self.scheme))
@@ -100,11 +105,17 @@ class Packed:
         if found != wanted or self.payload.dtype != torch.uint8:
             reason = f"the payload is {self.payload.dtype} {list(found)}, not torch.uint8 {list(wanted)}"
             raise BadPacked(scheme=self.scheme, reason=reason)
+        if (self.multipliers is not None) != self.scheme.integer_scales:
+            raise BadPacked(scheme=self.scheme, reason=f"it {_has(self.multipliers)} multipliers")
 
     @property
     def nbytes(self) -> int:
-        """Bytes of payload, scales and zero points."""
-        return sum(t.nbytes for t in (self.payload, self.scale, self.zero) if t is not None)
+        """Bytes of payload, scales, multipliers and zero points."""
+        return sum(t.nbytes for t in (self.payload, self.scale, self.zero, self.multipliers) if t is not None)
+
+
+def _has(tensor: Tensor | None) -> str:
+    return "has no" if tensor is None else "takes no"
 
 
 def _fault(q: Quantized) -> str | None:
@@ -116,7 +127,7 @@ def _fault(q: Quantized) -> str | None:
         return f"codes are {codes.dtype}, not {CODE_DTYPES[scheme.weight_format]}"
     for what, tensor, wanted in (("scale", q.scale, scheme.scale_bits > 0), ("zero", q.zero, not scheme.symmetric)):
         if (tensor is not None) != wanted:
-            return f"it {'has no' if tensor is None else 'takes no'} {what}"
+            return f"it {_has(tensor)} {what}"
         shape = (*codes.shape[:-1], scheme.n_groups(codes.shape[-1]))
         if tensor is not None and (tensor.dtype != scale_dtype(scheme) or tensor.shape != shape):
             found = f"{tensor.dtype} {list(tensor.shape)}"
@@ -124,4 +135,6 @@ def _fault(q: Quantized) -> str | None:
     # an integer accumulator can only subtract an integer; decoding to floats first can subtract anything
     if q.zero is not None and not scheme.is_weight_only and bool((q.zero != q.zero.round()).any()):
         return "its zero points are fractions, which only weight-only schemes take"
+    if scheme.integer_scales and q.scale is not None and not are_multiples(q.scale):
+        return f"its scales are not 1 to {LARGEST_MULTIPLIER} times a sixteenth of the largest of their channel"
     return None

@@ -25,7 +25,9 @@ def schemes(draw: st.DrawFn) -> Scheme:
     formats = {16: ["bf16", "fp16"], 8: ["int", "e4m3"]}.get(act_bits, ["int"])
     act_format = draw(st.sampled_from(formats))
     symmetric = (act_format == "e4m3" and weight_bits == 8) or draw(st.booleans())
-    return Scheme(weight_bits, act_bits, draw(st.none() | st.integers(1, 4096)), symmetric, act_format)
+    group = draw(st.none() | st.integers(1, 4096))
+    may = 2 <= weight_bits <= 4 and 5 <= act_bits <= 8 and act_format == "int" and symmetric and group is not None
+    return Scheme(weight_bits, act_bits, group, symmetric, act_format, may and draw(st.booleans()))
 
 
 @given(schemes())
@@ -45,13 +47,20 @@ def test_effective_bits_count_what_is_stored(scheme: Scheme, k: int) -> None:
     groups = scheme.n_groups(k)
     size = scheme.group_size or k
     assert (groups - 1) * size < k <= groups * size
-    stored = Fraction(scheme.weight_bits * k + (scheme.scale_bits + scheme.zero_bits) * groups, k)
+    meta = (scheme.scale_bits + scheme.zero_bits) * groups + scheme.channel_bits
+    stored = Fraction(scheme.weight_bits * k + meta, k)
     assert scheme.effective_bits(k) == pytest.approx(float(stored), rel=1e-15)
     assert scheme.effective_bits(k) == scheme.payload_bits + scheme.meta_bits(k)
     assert (scheme.zero_bits == 0) == scheme.symmetric
 
 
-@given(st.text(alphabet="wag0123456789_symefpb", max_size=24))
+def test_integer_scales_take_a_byte_for_a_group_and_a_float32_for_a_channel() -> None:
+    scheme = Scheme.parse("w4a8_g128_sym_iscale")
+    assert (scheme.scale_bits, scheme.channel_bits, Scheme.parse("w4a8_g128_sym").channel_bits) == (8, 32, 0)
+    assert scheme.effective_bits(2048) == 4 + 8 / 128 + 32 / 2048 == 4.078125
+
+
+@given(st.text(alphabet="wag0123456789_symefpbicl", max_size=24))
 def test_any_text_parses_to_a_scheme_or_is_refused(text: str) -> None:
     try:
         scheme = Scheme.parse(text)
@@ -68,6 +77,8 @@ FIELDS = {
     "w8a8_sym": (8, 8, None, True, "int", "int"),
     "w4a8_g128_sym": (4, 8, 128, True, "int", "int"),
     "w4a4_g128_sym": (4, 4, 128, True, "int", "int"),
+    "w4a8_g128_sym_iscale": (4, 8, 128, True, "int", "int"),
+    "w2a5_g7_sym_iscale": (2, 5, 7, True, "int", "int"),
     "w8a8_e4m3": (8, 8, None, True, "e4m3", "e4m3"),
     "w8a8_g128_e4m3": (8, 8, 128, True, "e4m3", "e4m3"),
     "w4a8_g128_asym_e4m3": (4, 8, 128, False, "e4m3", "int"),
@@ -81,11 +92,13 @@ def test_fields_of_common_schemes(text: str, fields: tuple[object, ...]) -> None
     s = Scheme.parse(text)
     assert str(s) == text
     assert (s.weight_bits, s.act_bits, s.group_size, s.symmetric, s.act_format, s.weight_format) == fields
+    assert s.integer_scales == text.endswith("_iscale")
 
 
 def test_absent_symmetry_is_symmetric() -> None:
     assert str(Scheme.parse("w4a16_g128")) == "w4a16_g128_sym"
     assert str(Scheme.parse("w8a8_sym_e4m3")) == "w8a8_e4m3"
+    assert str(Scheme.parse("w4a8_g128_iscale")) == "w4a8_g128_sym_iscale"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +134,20 @@ def test_kinds(text: str, floating: bool, weight_only: bool, act_group: int | No
         ("w16a8", "16-bit weights take no group, no zero point and 16-bit activations"),
         ("w16a16_g128", "16-bit weights take no group"),
         ("w16a16_asym", "16-bit weights take no group"),
+        ("bf16_iscale", "does not follow the grammar"),
+        ("w0_iscale", "does not follow the grammar"),
+        ("w4a8_iscale_g128", "does not follow the grammar"),
+        ("w4a8_g128_sym_int_iscale", "does not follow the grammar"),
+        ("w4a8_sym_iscale", "integer scales are of groups, and there are none"),
+        ("w4a8_g128_asym_iscale", "integer scales take no zero point"),
+        ("w1a8_g128_sym_iscale", "integer scales take integer weights of 2 to 4 bits, not 1"),
+        ("w5a8_g128_sym_iscale", "integer scales take integer weights of 2 to 4 bits, not 5"),
+        ("w8a8_g128_e4m3_iscale", "integer scales take integer weights of 2 to 4 bits, not 8"),
+        ("w16a16_iscale", "integer scales take integer weights of 2 to 4 bits, not 16"),
+        ("w4a4_g128_sym_iscale", "5 to 8 bits with one scale per token, not 4 bits"),
+        ("w4a16_g128_sym_iscale", "5 to 8 bits with one scale per token, not bf16"),
+        ("w4a16_g128_sym_fp16_iscale", "5 to 8 bits with one scale per token, not fp16"),
+        ("w4a8_g128_sym_e4m3_iscale", "5 to 8 bits with one scale per token, not e4m3"),
     ],
 )
 def test_meaningless_schemes_are_refused_with_the_reason(text: str, reason: str) -> None:
@@ -151,7 +178,13 @@ def test_bits_groups_and_symmetries_all_combine() -> None:
             assert str(Scheme.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["w4a17", "w8a8_asym_e4m3", "w4a16_g0"])
+@pytest.mark.parametrize("bits", [0, 16])
+def test_what_has_no_codes_has_no_integer_scales(bits: int) -> None:
+    with pytest.raises(BadScheme, match=f"_iscale' is no scheme: .* 2 to 4 bits, not {bits}"):
+        Scheme(bits, integer_scales=True)
+
+
+@pytest.mark.parametrize("text", ["w4a17", "w8a8_asym_e4m3", "w4a16_g0", "w4a8_sym_iscale"])
 def test_a_mistake_shows_what_was_written(text: str) -> None:
     with pytest.raises(BadScheme, match=f"^'{text}' is no scheme"):
         Scheme.parse(text)

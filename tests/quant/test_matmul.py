@@ -17,6 +17,7 @@ from mxmoe.quant import (
     matmul,
     quantize,
     quantize_activation,
+    split_scales,
     tolerance,
 )
 
@@ -25,7 +26,7 @@ INT = [
     for text in (
         *("w8a8_sym", "w8a8_asym", "w8a8_g8_sym", "w8a8_g8_asym", "w4a8_sym", "w4a8_g8_sym", "w4a8_g8_asym"),
         *("w4a4_sym", "w4a4_asym", "w4a4_g8_sym", "w4a4_g8_asym", "w1a8_sym", "w1a8_g8_sym", "w1a4_g8_asym"),
-        *("w2a8_g8_asym", "w3a6_g8_sym"),
+        *("w2a8_g8_asym", "w3a6_g8_sym", "w4a8_g8_sym_iscale", "w3a6_g8_sym_iscale", "w2a5_g8_sym_iscale"),
     )
 ]
 E4M3 = [Scheme.parse(text) for text in ("w8a8_e4m3", "w8a8_g8_e4m3", "w4a8_sym_e4m3", "w4a8_g8_asym_e4m3")]
@@ -33,7 +34,7 @@ SIXTEEN = [
     Scheme.parse(text)
     for text in ("bf16", "fp16", "w4a16_g32_asym", "w4a16_sym_fp16", "w1a16_g32_sym", "w2a16_g128_asym", "w8a16_sym")
 ]
-WIDE = [Scheme.parse(str(s).replace("_g8", "_g128")) for s in INT + E4M3] + SIXTEEN
+WIDE = [Scheme.parse(str(s).replace("_g8", "_g32" if s.integer_scales else "_g128")) for s in INT + E4M3] + SIXTEEN
 
 
 def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -52,6 +53,8 @@ def plain(x: torch.Tensor, q: Quantized) -> list[list[float]]:
     assert q.scale is not None
     codes, act_scale = quantize_activation(x, q.scheme)
     size, bits = q.scheme.group_size or q.k, q.scheme.weight_bits
+    if q.scheme.integer_scales:
+        return plain_multiples(codes, act_scale, q)
     result: list[list[float]] = []
     for a, s_a in zip(codes.tolist(), act_scale.tolist(), strict=True):
         row: list[float] = []
@@ -65,6 +68,24 @@ def plain(x: torch.Tensor, q: Quantized) -> list[list[float]]:
                 scales = np.float32(s_a[g if len(s_a) > 1 else 0]) * np.float32(s_w)
                 total = total + np.float32(exact) * scales
             row.append(float(total))
+        result.append(row)
+    return result
+
+
+def plain_multiples(codes: torch.Tensor, act_scale: torch.Tensor, q: Quantized) -> list[list[float]]:
+    """The formula of integer scales: one exact sum over a whole row, in an int32; one conversion, two products."""
+    assert q.scale is not None
+    channel, multipliers = split_scales(q.scale)
+    group, middle = q.scheme.group_size or q.k, 2 ** (q.scheme.weight_bits - 1)
+    result: list[list[float]] = []
+    for a, s_a in zip(codes.tolist(), act_scale[:, 0].tolist(), strict=True):
+        row: list[float] = []
+        for c, m, s_w in zip(q.codes.tolist(), multipliers.tolist(), channel[:, 0].tolist(), strict=True):
+            weights = [m[i // group] * (c[i] - middle) for i in range(q.k)]
+            assert all(-128 <= weight <= 127 for weight in weights), "they are multiplied as int8"
+            exact = sum(x * weight for x, weight in zip(a, weights, strict=True))
+            assert abs(exact) < 2**31
+            row.append(float(np.float32(exact) * (np.float32(s_a) * np.float32(s_w))))
         result.append(row)
     return result
 

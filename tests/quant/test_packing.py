@@ -20,6 +20,7 @@ from mxmoe.quant import (
 )
 
 ALL_BITS = range(1, 9)
+ISCALE = [f"w{bits}a8_g{group}_sym_iscale" for bits in (2, 3, 4) for group in (7, 32)]
 
 
 @st.composite
@@ -81,7 +82,10 @@ def test_docstring_examples() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [f"w{b}a16_g32_{s}" for b in ALL_BITS for s in ("sym", "asym")] + ["w8a8_e4m3", "bf16", "fp16", "w4a8_asym"]
+    "text",
+    [f"w{b}a16_g32_{s}" for b in ALL_BITS for s in ("sym", "asym")]
+    + ["w8a8_e4m3", "bf16", "fp16", "w4a8_asym"]
+    + ISCALE,
 )
 @pytest.mark.parametrize("k", [1, 7, 32, 67])
 def test_quantized_weights_survive_packing(text: str, k: int) -> None:
@@ -92,11 +96,19 @@ def test_quantized_weights_survive_packing(text: str, k: int) -> None:
     assert packed.payload.shape == (2, 3, n_payload_bytes(k, scheme))
     assert back.codes.dtype == q.codes.dtype
     assert torch.equal(back.codes.view(torch.uint8), q.codes.view(torch.uint8))
-    for ours, theirs in ((q.scale, back.scale), (q.zero, back.zero)):
-        assert ours is theirs
+    assert q.zero is back.zero
+    if scheme.integer_scales:
+        assert q.scale is not None
+        assert back.scale is not None
+        assert torch.equal(q.scale, back.scale)
+    else:
+        assert q.scale is back.scale
 
 
-@pytest.mark.parametrize("text", ["w4a16_g128_asym", "w3a16_g64_sym", "w1a16_sym", "w8a8_sym", "w8a8_e4m3", "bf16"])
+@pytest.mark.parametrize(
+    "text",
+    ["w4a16_g128_asym", "w3a16_g64_sym", "w1a16_sym", "w8a8_sym", "w8a8_e4m3", "bf16", "w4a8_g128_sym_iscale"],
+)
 def test_bytes_are_what_the_scheme_accounts_for(text: str) -> None:
     scheme, (n, k) = Scheme.parse(text), (4, 512)
     assert pack(quantize(torch.ones(n, k), scheme)).nbytes * 8 == scheme.effective_bits(k) * n * k
@@ -117,3 +129,13 @@ def test_a_payload_cut_short_is_refused() -> None:
         Packed(scheme, 2, 9, packed.payload[:, :3], packed.scale)
     with pytest.raises(BadPacked, match=r"torch.int32"):
         Packed(scheme, 2, 9, packed.payload.to(torch.int32), packed.scale)
+
+
+def test_multipliers_are_of_integer_scales_and_of_no_others() -> None:
+    plain, whole = Scheme.parse("w4a8_g4_sym"), Scheme.parse("w4a8_g4_sym_iscale")
+    packed = pack(quantize(torch.ones(2, 8), whole))
+    assert packed.multipliers is not None
+    with pytest.raises(BadPacked, match="it has no multipliers"):
+        Packed(whole, 2, 8, packed.payload, packed.scale)
+    with pytest.raises(BadPacked, match="it takes no multipliers"):
+        Packed(plain, 2, 8, packed.payload, packed.scale, None, packed.multipliers)

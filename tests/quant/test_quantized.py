@@ -34,6 +34,13 @@ def build(
         ("w4a16_g4_asym", CODES, GROUPED, GROUPED[:, :1], r"its zero is .* \[2, 1\], not torch.bfloat16 \[2, 2\]"),
         ("w4a8_g4_asym", CODES, GROUPED, GROUPED * 0.5, "zero points are fractions"),
         ("w4a8_asym_e4m3", CODES, SINGLE, SINGLE * 0.5, "zero points are fractions"),
+        ("w4a8_g4_sym_iscale", CODES, GROUPED, None, r"its scale is torch.bfloat16 \[2, 2\], not torch.float32"),
+        ("w4a8_g4_sym_iscale", CODES, torch.tensor([[1.0, 0.3], [1.0, 1.0]]), None, "scales are not 1 to 16 times"),
+        ("w4a8_g4_sym_iscale", CODES, torch.tensor([[1.0, 0.0], [1.0, 1.0]]), None, "scales are not 1 to 16 times"),
+        ("w4a8_g4_sym_iscale", CODES, torch.zeros(2, 2), None, "scales are not 1 to 16 times"),
+        ("w4a8_g4_sym_iscale", CODES, torch.full((2, 2), torch.nan), None, "scales are not 1 to 16 times"),
+        ("w4a8_g4_sym_iscale", CODES, torch.full((2, 2), torch.inf), None, "scales are not 1 to 16 times"),
+        ("w4a8_g4_sym_iscale", CODES, torch.full((2, 2), 2.0**-124), None, "scales are not 1 to 16 times"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -57,6 +64,12 @@ def test_a_stack_is_indexed_and_a_matrix_is_not() -> None:
         one[0]
 
 
+def test_integer_scales_are_sixteenths_of_the_largest_of_their_channel() -> None:
+    scale = torch.tensor([[1.0, 5 / 16], [2.0**-122, 2.0**-126]])
+    assert build("w4a8_g4_sym_iscale", CODES, scale).scale is scale
+
+
 def test_scales_are_bf16_where_they_count() -> None:
     assert scale_dtype(Scheme.parse("w4a16_sym")) == torch.float32
     assert scale_dtype(Scheme.parse("w4a16_g128_sym")) == torch.bfloat16
+    assert scale_dtype(Scheme.parse("w4a8_g128_sym_iscale")) == torch.float32

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mxmoe.errors import BadWeight, NonFiniteWeights, WeightsBeyondFormat
 from mxmoe.ir import Scheme
-from mxmoe.quant import Quantized, dequantize, quantize
+from mxmoe.quant import Quantized, dequantize, quantize, split_scales
 from mxmoe.quant.scales import SMALLEST, split_groups
 
 GROUPS = ("", "_g32", "_g64", "_g128", "_g3")
@@ -17,9 +17,12 @@ INT_SCHEMES = [
     for group in GROUPS
     for symmetry in ("sym", "asym")
 ]
+ISCALE_SCHEMES = [
+    Scheme.parse(f"w{bits}a8{group}_sym_iscale") for bits in (2, 3, 4) for group in ("_g3", "_g32", "_g128")
+]
 E4M3_SCHEMES = [Scheme.parse(text) for text in ("w8a8_e4m3", "w8a8_g32_e4m3", "w8a8_g3_e4m3")]
 FLOAT_SCHEMES = [Scheme.parse(text) for text in ("bf16", "fp16")]
-ALL_SCHEMES = INT_SCHEMES + E4M3_SCHEMES + FLOAT_SCHEMES
+ALL_SCHEMES = INT_SCHEMES + ISCALE_SCHEMES + E4M3_SCHEMES + FLOAT_SCHEMES
 
 # roundings of float32 in w / s + z and in s * (code - z), in steps: 3 of at most 2^-17
 SLACK = 2.0**-14
@@ -61,7 +64,10 @@ def step_of(q: Quantized) -> torch.Tensor:
     return q.scale.double().repeat_interleave(size, dim=-1)[..., : q.k]
 
 
-@given(weights(), st.sampled_from([s for s in INT_SCHEMES if s.weight_bits > 1 or not s.symmetric]))
+STEPPED = [s for s in INT_SCHEMES + ISCALE_SCHEMES if s.weight_bits > 1 or not s.symmetric]
+
+
+@given(weights(), st.sampled_from(STEPPED))
 @settings(max_examples=200, deadline=None)
 def test_no_weight_is_off_by_more_than_half_a_step(weight: torch.Tensor, scheme: Scheme) -> None:
     q = quantize(weight, scheme)
@@ -84,6 +90,24 @@ def test_scales_are_as_small_as_their_type_allows(weight: torch.Tensor, scheme: 
     assert (found[exact == 0] == 1).all()
     assert (found >= exact.clamp(min=SMALLEST))[exact > 0].all(), "a scale below the exact one clips"
     assert (found <= exact.clamp(min=SMALLEST) * ROUNDED_UP[q.scale.dtype])[exact > 0].all()
+
+
+@given(weights(), st.sampled_from(ISCALE_SCHEMES))
+@settings(max_examples=200, deadline=None)
+def test_integer_scales_are_rounded_up_by_a_sixteenth_of_their_largest(weight: torch.Tensor, scheme: Scheme) -> None:
+    q = quantize(weight, scheme)
+    assert q.scale is not None
+    largest_code = 2 ** (scheme.weight_bits - 1) - 1
+    exact = split_groups(weight, scheme.group_size).abs().amax(-1).double() / largest_code
+    found, sixteenth = q.scale.double(), split_scales(q.scale)[0].double()
+    is_zero = (weight == 0).all(-1)
+    assert (found[is_zero] == 1).all()
+    assert (found >= exact).all(), "a scale below the exact one clips"
+    # a channel without weights above 2^-122 has scales above its exact ones, since they are never below 2^-126
+    usual = exact.amax(-1) >= 2.0**-122
+    assert (found <= exact + sixteenth * (1 + 2.0**-40))[usual].all()
+    largest = exact.amax(-1)[usual]
+    assert (16 * sixteenth[usual, 0] <= largest * (1 + 2.0**-19)).all()
 
 
 @given(weights(), st.sampled_from(E4M3_SCHEMES))
@@ -110,7 +134,7 @@ def test_one_bit_keeps_signs_and_the_mean_magnitude(weight: torch.Tensor, scheme
             assert back[group * size : (group + 1) * size] == [scale if w >= 0 else -scale for w in part]
 
 
-@given(weights(largest=torch.finfo(torch.float32).max), st.sampled_from(INT_SCHEMES + E4M3_SCHEMES + FLOAT_SCHEMES[:1]))
+@given(weights(largest=torch.finfo(torch.float32).max), st.sampled_from(ALL_SCHEMES[:-1]))
 @settings(max_examples=200, deadline=None)
 def test_finite_weights_stay_finite(weight: torch.Tensor, scheme: Scheme) -> None:
     q = quantize(weight, scheme)

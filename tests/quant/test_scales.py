@@ -10,11 +10,15 @@ from hypothesis import strategies as st
 from mxmoe.quant.scales import (
     LARGEST,
     SMALLEST,
+    are_multiples,
     join_groups,
+    join_scales,
+    multiples_above,
     round_down,
     round_up,
     saturate,
     split_groups,
+    split_scales,
     storable_scale,
 )
 
@@ -52,6 +56,58 @@ def test_a_stored_scale_is_normal_and_never_decodes_to_infinity(x: float, steps:
     scale = storable_scale(torch.tensor(x, dtype=torch.float64), steps, dtype).float()
     assert scale.item() >= SMALLEST
     assert (scale * steps).isfinite()
+
+
+@st.composite
+def own_scales(draw: st.DrawFn) -> torch.Tensor:
+    """Scales [channels, groups] in float64, of any magnitude, zeros among them."""
+    groups = draw(st.integers(1, 5))
+    one = st.just(0.0) | st.floats(1e-3, 1.0) | st.floats(2.0**-149, LARGEST)
+    rows = st.lists(st.lists(one, min_size=groups, max_size=groups), min_size=1, max_size=3)
+    return torch.tensor(draw(rows), dtype=torch.float64)
+
+
+@given(own_scales(), st.sampled_from([1.0, 3.0, 7.0]))
+@settings(max_examples=300, deadline=None)
+def test_multiples_lie_above_by_at_most_a_sixteenth_of_the_largest(own: torch.Tensor, steps: float) -> None:
+    scale = multiples_above(own, steps)
+    channel, multipliers = split_scales(scale)
+    assert are_multiples(scale)
+    assert (scale * steps).isfinite().all()
+    assert (multipliers.amax(-1) == 16).all()
+    usual = ((own <= LARGEST / steps * (1 - 2.0**-19)) & (own.amax(-1, keepdim=True) >= 2.0**-122)).all(-1)
+    assert (scale.double() >= own * (1 - 2.0**-50))[usual].all(), "a scale below its own clips"
+    assert (scale.double() <= own + channel.double() * (1 + 2.0**-40))[usual].all()
+    assert (scale[own.amax(-1) == 0] == 1).all()
+
+
+@given(st.lists(st.integers(1, 16), min_size=1, max_size=6), POSITIVE)
+@settings(max_examples=200, deadline=None)
+def test_scales_split_and_join(multipliers: list[int], x: float) -> None:
+    own = torch.tensor([[x, x]], dtype=torch.float64)
+    channel = split_scales(multiples_above(own, 7.0))[0]
+    whole = torch.tensor([[16, *multipliers]], dtype=torch.uint8)
+    scale = join_scales(channel, whole)
+    assert scale.dtype == torch.float32
+    assert scale.double().tolist() == (channel.double() * whole.double()).tolist(), "exact"
+    assert are_multiples(scale)
+    back, again = split_scales(scale)
+    assert (back.dtype, again.dtype) == (torch.float32, torch.uint8)
+    assert torch.equal(back, channel)
+    assert torch.equal(again, whole)
+
+
+def test_multiples_by_hand() -> None:
+    scale = multiples_above(torch.tensor([[1.0, 0.4, 0.0]], dtype=torch.float64), 7.0)
+    assert scale.tolist() == [[1.0, 7 / 16, 1 / 16]]
+    channel, multipliers = split_scales(torch.tensor([[2.0, 0.5, 1.25]]))
+    assert (channel.tolist(), multipliers.tolist()) == ([[0.125]], [[16, 4, 10]])
+
+
+@pytest.mark.parametrize("row", [[1.0, 0.3], [1.0, 1 / 32], [1.0, 0.0], [0.0, 0.0], [1.0, torch.nan], [-1.0, -1.0]])
+def test_what_is_no_multiple_is_told(row: list[float]) -> None:
+    assert not are_multiples(torch.tensor([[1.0, 1.0], row]))
+    assert are_multiples(torch.ones(0, 2))
 
 
 def test_the_largest_float32_is_clipped_by_less_than_a_percent() -> None:
