@@ -307,5 +307,6 @@ def _strangeness(scheme: Scheme, other: Scheme) -> tuple[float, ...]:
         float((groups[0] > 0) != (groups[1] > 0)),
         abs(math.log2(scheme.weight_bits / other.weight_bits)),
         float(scheme.symmetric != other.symmetric),
+        float(scheme.integer_scales != other.integer_scales),
         abs(groups[0] - groups[1]),
     )

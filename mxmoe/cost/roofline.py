@@ -91,13 +91,14 @@ def decode_operations(scheme: Scheme, tile: Tile, k: int) -> float:
     Integer operations of one tile that are no multiply-adds: widening of weights, scaling of partial sums.
 
     Two weights are widened at a time: a shift and a logic operation each (1 per weight); a scale per group is one
-    more fused multiply-add (0.5). Integer products in groups leave one partial sum per output element and group.
+    more fused multiply-add (0.5). Integer products in groups leave one partial sum per output element and group, but
+    with integer scales there is one sum, and a multiplication for two weights (0.5) instead.
     """
     grouped = scheme.n_groups(k) > 1
     total = 0.0
     if scheme.weight_bits < min(scheme.act_bits, 16):
-        total += tile.n * k * (1.5 if grouped and scheme.act_bits == 16 else 1.0)
-    if grouped and scheme.act_bits < 16:
+        total += tile.n * k * (1.5 if grouped and (scheme.act_bits == 16 or scheme.integer_scales) else 1.0)
+    if grouped and scheme.act_bits < 16 and not scheme.integer_scales:
         total += tile.m * tile.n * scheme.n_groups(k)
     return total
 

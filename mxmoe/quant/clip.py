@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +13,7 @@ from torch import Tensor
 from mxmoe.errors import BadOption
 from mxmoe.ir import Scheme
 from mxmoe.quant.formats import FORMATS
+from mxmoe.quant.multiples import with_multiples
 from mxmoe.quant.options import WithOptions
 from mxmoe.quant.quantized import Quantized
 from mxmoe.quant.rtn import checked_weight, dequantize
@@ -30,6 +32,9 @@ class RtnMse(WithOptions):
     with the smallest sum of |w - decoded|^exponent is kept, the largest such p on a tie. p = 1 is "rtn", so the sum is
     never above its. This is the range search of GPTQ's reference (Frantar et al., ICLR 2023), whose exponent is 2.4.
     Weights beyond the range are clipped, so half a step no longer bounds their error. Needs no data.
+
+    Integer scales are those of the same scheme without, rounded up to multiples; a channel whose sum would grow by it
+    keeps the scales of "rtn".
 
     Raises:
         BadOption: an exponent that is not positive, a grid under 1, or `lowest` outside 0 to 1.
@@ -69,6 +74,10 @@ class RtnMse(WithOptions):
         """Choose scale and zero point [..., n, groups] of a float32 weight, in their storage type; a `Format.fit`."""
         if scheme.is_float or not weight.numel():
             return FORMATS[scheme.weight_format].fit(weight, scheme)
+        if scheme.integer_scales:
+            free, _ = self.fit(weight, dataclasses.replace(scheme, integer_scales=False))
+            assert free is not None, f"{scheme} has scales"
+            return with_multiples(weight, scheme, free, self.exponent).scale, None
         rows = weight.reshape(-1, weight.shape[-1])
         fitted = [self._search(part, scheme) for part in rows.split(max(1, _AT_ONCE // rows.shape[-1]))]
         scale = torch.cat([scale for scale, _ in fitted]).unflatten(0, weight.shape[:-1])

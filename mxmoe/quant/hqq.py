@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from mxmoe.errors import BadOption
 from mxmoe.ir import Scheme
 from mxmoe.quant.formats import FORMATS
+from mxmoe.quant.multiples import with_multiples
 from mxmoe.quant.options import WithOptions
 from mxmoe.quant.quantized import Quantized, scale_dtype
 from mxmoe.quant.rtn import checked_weight, quantize
@@ -38,8 +40,10 @@ class Hqq(WithOptions):
     is one of them: no group is worse than with "rtn" in the norm above.
 
     Zero points are fractions in asymmetric weight-only schemes, and whole numbers where activations are quantized too.
-    Symmetric schemes have none, so that their scale alone is refined. e4m3 weights, whose codes are no line, and 16-bit
-    weights are quantized as by "rtn". `hessian` is not used. A stack gives what its matrices give one by one.
+    Symmetric schemes have none, so that their scale alone is refined. Integer scales are those of the same scheme
+    without, rounded up to multiples; a channel that would get worse than with "rtn" by it keeps those of "rtn". e4m3
+    weights, whose codes are no line, and 16-bit weights are quantized as by "rtn". `hessian` is not used. A stack gives
+    what its matrices give one by one.
 
     Raises:
         BadOption: a field out of its range.
@@ -82,6 +86,10 @@ class Hqq(WithOptions):
         """
         del hessian
         dense = checked_weight(weight, scheme, name)
+        if scheme.integer_scales:
+            free = self(dense, dataclasses.replace(scheme, integer_scales=False), name=name)
+            assert free.scale is not None, f"{scheme} has scales"
+            return with_multiples(dense, scheme, free.scale, self.p)
         nearest = quantize(dense, scheme, name=name)
         if scheme.weight_format != "int" or not dense.numel():
             return nearest

@@ -44,6 +44,7 @@ SCHEMES: tuple[Scheme, ...] = tuple(
         *(f"w{b}a16{g}_{s}" for b in (1, 2, 3, 4, 8) for g in _GROUPS for s in ("sym", "asym")),
         *(f"w{b}a16{g}_{s}_fp16" for b in (1, 2, 3, 4, 8) for g in _GROUPS for s in ("sym", "asym")),
         *(f"w{w}a{a}{g}_sym" for w, a in ((8, 8), (4, 8), (4, 4)) for g in ("", "_g128")),
+        *(f"w{w}a8{g}_sym_iscale" for w, g in ((4, "_g128"), (4, "_g32"), (2, "_g64"))),
         "w8a8_e4m3",
         "bf16",
         "fp16",
@@ -71,7 +72,9 @@ def schemes(draw: st.DrawFn, *, weight_only: bool | None = None) -> Scheme:
     weight_bits = draw(st.integers(1, 8))
     symmetric = draw(st.booleans()) or (act_format == "e4m3" and weight_bits == 8)
     group = draw(st.none() | st.sampled_from((32, 64, 128)) | st.integers(1, 200))
-    return Scheme(weight_bits, act_bits, group, symmetric, act_format)  # pyright: ignore[reportArgumentType]
+    narrow = group is not None and symmetric and weight_bits in (2, 3, 4)
+    integer_scales = narrow and act_format == "int" and act_bits != 4 and draw(st.booleans())
+    return Scheme(weight_bits, act_bits, group, symmetric, act_format, integer_scales)  # pyright: ignore[reportArgumentType]
 
 
 @st.composite

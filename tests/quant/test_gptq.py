@@ -69,7 +69,7 @@ def part_that_differs(a: Quantized, b: Quantized) -> float:
 
 def column(scheme: Scheme, weight: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
     """Code and decoded value [n] of one channel under scales [n]."""
-    fmt, alone = FORMATS[scheme.weight_format], dataclasses.replace(scheme, group_size=None)
+    fmt, alone = FORMATS[scheme.weight_format], dataclasses.replace(scheme, group_size=None, integer_scales=False)
     shift = None if zero is None else zero.float()[:, None]
     codes = fmt.encode(weight.float()[:, None], alone, scale.float()[:, None], shift)
     return codes[:, 0], (fmt.values(codes, alone, shift)[:, 0] * scale.float()).double()
@@ -109,6 +109,16 @@ def test_codes_are_the_textbooks(text: str, act_order: bool) -> None:
     for w, h, codes in zip(weight, hessian, found.codes, strict=True):
         order = h.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(150)
         assert torch.equal(codes, textbook(w, h, scheme, order))
+
+
+def test_integer_scales_are_of_the_original_weight_whatever_the_options_say() -> None:
+    """A multiple can only be chosen where the largest scale of the channel is known, so not group by group."""
+    scheme = Scheme.parse("w4a8_g32_sym_iscale")
+    weight, hessian = case(k=101)
+    for act_order in (False, True):
+        static = Gptq(act_order=act_order)(weight, scheme, hessian=hessian)
+        assert same(Gptq(act_order=act_order, static_groups=False)(weight, scheme, hessian=hessian), static)
+        assert same(dataclasses.replace(static, codes=quantize(weight, scheme).codes), quantize(weight, scheme))
 
 
 @pytest.mark.parametrize("k", [96, 101])

@@ -20,6 +20,7 @@ SCHEMES = [
     for acts, group in (("a16", ""), ("a16", "_g32"), ("a16", "_g7"), ("a8", "_g32"))
     for symmetry in ("sym", "asym")
 ]
+ISCALE = [Scheme.parse(f"w{bits}a8_g{group}_sym_iscale") for bits in (2, 3, 4) for group in (7, 32)]
 LOW = [Scheme.parse(text) for text in ("w1a16_g64_asym", "w2a16_g64_asym", "w3a16_g64_asym", "w2a16_g64_sym")]
 
 
@@ -59,7 +60,17 @@ def test_no_group_is_worse_than_round_to_nearest(
     assert (ours <= nearest * (1 + 1e-5)).all()  # it chooses by float32 sums
 
 
-@given(weights(), st.sampled_from(SCHEMES))
+@given(weights(), st.sampled_from(ISCALE), st.sampled_from([0.7, 2.0]))
+@settings(max_examples=50, deadline=None)
+def test_no_channel_of_integer_scales_is_worse_than_round_to_nearest(
+    weight: torch.Tensor, scheme: Scheme, p: float
+) -> None:
+    ours = group_errors(weight, Hqq(p=p)(weight, scheme), p).sum(-1)
+    nearest = group_errors(weight, quantize(weight, scheme), p).sum(-1)
+    assert (ours <= nearest * (1 + 1e-5)).all()
+
+
+@given(weights(), st.sampled_from(SCHEMES + ISCALE))
 @settings(max_examples=50, deadline=None)
 def test_a_stack_gives_what_its_matrices_give_and_packs(weight: torch.Tensor, scheme: Scheme) -> None:
     q = hqq(weight, scheme)
@@ -72,7 +83,7 @@ def test_a_stack_gives_what_its_matrices_give_and_packs(weight: torch.Tensor, sc
     assert torch.equal(dequantize(back), dequantize(q))
 
 
-@given(weights(), st.sampled_from(SCHEMES), st.sampled_from([2.0**-9, 2.0**7]))
+@given(weights(), st.sampled_from(SCHEMES + ISCALE), st.sampled_from([2.0**-9, 2.0**7]))
 @settings(max_examples=50, deadline=None)
 def test_a_multiple_of_a_weight_gets_the_same_codes(weight: torch.Tensor, scheme: Scheme, factor: float) -> None:
     a, b = hqq(weight, scheme), hqq(weight * factor, scheme)
@@ -112,9 +123,13 @@ def test_without_rounds_it_is_round_to_nearest() -> None:
 
 def test_rows_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, scheme = torch.randn(3, 5, 32), Scheme.parse("w3a16_g16_asym")
-    whole = hqq(weight, scheme)
+    multiples = Scheme.parse("w3a8_g16_sym_iscale")
+    whole, whole_multiples = hqq(weight, scheme), hqq(weight, multiples)
     monkeypatch.setattr(module, "ELEMENTS_AT_ONCE", 64)
+    monkeypatch.setattr("mxmoe.quant.multiples._AT_ONCE", 64)
     assert torch.equal(dequantize(hqq(weight, scheme)), dequantize(whole))
+    assert torch.equal(dequantize(hqq(weight, multiples)), dequantize(whole_multiples))
+    assert hqq(weight[:0], multiples).codes.shape == (0, 5, 32)
     assert hqq(weight[:0], scheme).codes.shape == (0, 5, 32)
 
 

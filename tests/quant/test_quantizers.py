@@ -10,7 +10,11 @@ from mxmoe.ir import Scheme
 from mxmoe.quant import QUANTIZERS, Quantizer, dequantize, find_quantizer, quantize_each
 
 SCHEMES = [
-    Scheme.parse(text) for text in ("w4a16_g8_asym", "w3a16_sym", "w8a8_sym", "w4a4_g8_sym", "w8a8_e4m3", "bf16")
+    Scheme.parse(text)
+    for text in (
+        *("w4a16_g8_asym", "w3a16_sym", "w8a8_sym", "w4a4_g8_sym"),
+        *("w4a8_g8_sym_iscale", "w8a8_e4m3", "bf16"),
+    )
 ]
 
 

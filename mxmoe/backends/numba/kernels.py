@@ -26,7 +26,8 @@ ROW_BLOCK = 16
 FLOAT_CODES, FLOAT_E4M3, FLOAT_BF16, FLOAT_FP16, INTEGER = range(5)
 
 # columns of a descriptor: one row per matrix
-FAMILY, BITS, K, N, GROUP, GROUPS, PAYLOAD, META, IS_WIDE, IS_ASYM, ACT_GROUPED, CHUNK, BIAS, N_FIELDS = range(14)
+FAMILY, BITS, K, N, GROUP, GROUPS, PAYLOAD, META = range(8)
+IS_WIDE, IS_ASYM, HAS_MULTIPLIERS, ACT_GROUPED, CHUNK, BIAS, N_FIELDS = range(8, 15)
 
 # what numba infers by itself; written down for readers and the type checker
 Bytes = npt.NDArray[np.uint8]
@@ -337,6 +338,13 @@ def subtract(out: Shorts, o: Index, count: Index, zero: np.int16) -> None:
 
 
 @kernel()
+def multiply(out: Shorts, o: Index, count: Index, times: np.int16) -> None:
+    """out[o : o + count] *= times."""
+    for k in range(count):
+        out[o + k] = np.int16(out[o + k] * times)
+
+
+@kernel()
 def dot(x: Codes, i: Index, w: Shorts, j: Index, count: Index) -> np.int32:
     """Sum of products of `count` integers in int32, exact: one sum at a time, or the pairing of products is lost."""
     total = np.int32(0)
@@ -349,13 +357,20 @@ def dot(x: Codes, i: Index, w: Shorts, j: Index, count: Index) -> np.int32:
 def decode_integers(
     d: Longs, payload: Bytes, meta: Words, column: Index, rows: Index, scale: Floats, zero: Floats, w: Shorts
 ) -> None:
-    """Decode `rows` rows of an integer weight, less their zero points, into w [rows, k]; and scales [rows, groups]."""
+    """
+    Decode `rows` rows of an integer weight, less their zero points, into w [rows, k]; and scales [rows, groups].
+
+    Integer scales: w is times the multipliers, bytes [n, groups] behind the scales, and there is one scale for a row.
+    """
     bits, groups, channels, group = U(d[BITS]), U(d[GROUPS]), U(d[K]), U(d[GROUP])
+    sums = _1 if d[HAS_MULTIPLIERS] else groups
     stride = (channels * bits + _7) >> _3
     per_scale = _2 if d[IS_WIDE] else _1
     times = np.int16(2) if bits == _1 and not d[IS_ASYM] else np.int16(1)
     middle = np.int16(1) if bits == _1 else np.int16(_1 << (bits - _1))
-    load_scales(meta, d[IS_WIDE], U(d[META]) + column * groups * per_scale, rows * groups, scale)
+    load_scales(meta, d[IS_WIDE], U(d[META]) + column * sums * per_scale, rows * sums, scale)
+    multipliers = meta.view(np.uint8)
+    first = _2 * (U(d[META]) + U(d[N]) * per_scale) + column * groups
     if d[IS_ASYM]:
         load_scales(meta, d[IS_WIDE], U(d[META]) + (U(d[N]) + column) * groups * per_scale, rows * groups, zero)
     for j in range(rows):
@@ -366,6 +381,10 @@ def decode_integers(
             for g in range(groups):
                 count = min(group, channels - g * group)
                 subtract(w, j * channels + g * group, count, np.int16(zero[j * groups + g]))
+        if d[HAS_MULTIPLIERS]:
+            for g in range(groups):
+                count = min(group, channels - g * group)
+                multiply(w, j * channels + g * group, count, np.int16(multipliers[first + j * groups + g]))
 
 
 @kernel()
@@ -384,10 +403,11 @@ def integer_tile(
     Rows of one tile with integer activations: int32 sums per group, then float32 in the order of the definition.
 
     `y = sum over groups of float32(sum) * (s_a * s_w)`, first group first, and no multiply-add contraction: the result
-    is the definition's, bit for bit.
+    is the definition's, bit for bit. With integer scales the whole row is one sum.
     """
     row0, row1, column0, column1 = U(item[1]), U(item[2]), U(item[3]), U(item[4])
-    channels, groups, group = U(d[K]), U(d[GROUPS]), U(d[GROUP])
+    channels, groups = U(d[K]), U(d[GROUPS])
+    sums, size = (_1, channels) if d[HAS_MULTIPLIERS] else (groups, U(d[GROUP]))
     flat = x.reshape(-1)
     x_stride = U(x.shape[1])
     block = U(ROW_BLOCK)
@@ -402,10 +422,10 @@ def integer_tile(
             i = source[r]
             for j in range(rows):
                 total = np.float32(0.0)
-                for g in range(groups):
-                    count = min(group, channels - g * group)
-                    exact = dot(flat, i * x_stride + g * group, w, j * channels + g * group, count)
-                    total += np.float32(exact) * (x_scale[i, g if d[ACT_GROUPED] else _0] * scale[j * groups + g])
+                for g in range(sums):
+                    count = min(size, channels - g * size)
+                    exact = dot(flat, i * x_stride + g * size, w, j * channels + g * size, count)
+                    total += np.float32(exact) * (x_scale[i, g if d[ACT_GROUPED] else _0] * scale[j * sums + g])
                 y[r, column + j] = total
         if d[BIAS] >= 0:
             for r in range(row0, row1):
@@ -434,7 +454,7 @@ def group_gemm(
         items: int64 [tiles, 5], longest first: row of `matrices`, rows [1] to [2], columns [3] to [4].
         matrices: int64 [matrices, N_FIELDS], a descriptor each; matrices are the weights of the op times the experts.
         payload: uint8, all codes.
-        meta: uint16, all scales and zero points, float32 ones as two halves.
+        meta: uint16, all scales, zero points and multipliers, float32 ones as two halves, bytes two by two.
         bias: float32, all biases.
         x_float: float32 [float rows, k padded to 8], activations as values.
         x_int: int8 [integer rows, k], activations as codes.

@@ -17,7 +17,7 @@ import torch
 from mxmoe.backends.numba import kernels
 from mxmoe.backends.numba.kernels import PANEL
 from mxmoe.ir import Scheme
-from mxmoe.quant import Packed
+from mxmoe.quant import Packed, scale_dtype
 
 _FLOAT_FAMILY = {
     "int": kernels.FLOAT_CODES,
@@ -58,7 +58,7 @@ class Arena:
     payload: np.ndarray
     """uint8, all codes."""
     meta: np.ndarray
-    """uint16, all scales and zero points; a float32 takes two."""
+    """uint16, all scales, zero points and multipliers; a float32 takes two, and two bytes take one."""
     bias: np.ndarray
     """float32 [weights * experts * n], or empty."""
     matrices: np.ndarray
@@ -70,7 +70,7 @@ class Arena:
     def nbytes(self) -> int:
         """Bytes of codes, scales, zero points and biases; alignment, a few bytes a matrix, is not counted."""
         n, k = (int(size) for size in self.matrices[0, [kernels.N, kernels.K]])
-        one_weight = sum(n * _row_bytes(s, k) + 2 * n * _row_words(s, k) for s in self.schemes)
+        one_weight = sum(n * (_row_bytes(s, k) + _row_meta_bytes(s, k)) for s in self.schemes)
         return one_weight * (len(self.matrices) // len(self.schemes)) + self.bias.nbytes
 
 
@@ -97,7 +97,7 @@ class ArenaBuilder:
             meta += meta % 2
             self._matrices[index] = _describe(scheme, n, k, payload, meta, -1 if bias is None else index * n)
             payload += n * _row_bytes(scheme, k)
-            meta += n * _row_words(scheme, k)
+            meta += sum(_words(scheme, n, k))
         # 8 spare bytes: an integer row is read two bytes at a time, its last code too
         self._payload = np.zeros(payload + payload % 2 + 8, np.uint8)
         self._meta = np.zeros(meta + meta % 2, np.uint16)
@@ -114,7 +114,7 @@ class ArenaBuilder:
         start = row[kernels.PAYLOAD]
         self._payload[start : start + codes.size] = codes
         start = row[kernels.META]
-        for tensor in (packed.scale, packed.zero):
+        for tensor in (packed.scale, packed.zero, packed.multipliers):
             if tensor is not None:
                 values = _order_meta(tensor, packed.scheme)
                 self._meta[start : start + values.size] = values
@@ -132,11 +132,16 @@ def read_back(arena: Arena, index: int) -> Packed:
     n, k, groups = (int(row[field]) for field in (kernels.N, kernels.K, kernels.GROUPS))
     size = n * _row_bytes(scheme, k)
     payload = arena.payload[row[kernels.PAYLOAD] : row[kernels.PAYLOAD] + size]
-    halves = n * groups * scheme.scale_bits // 16
-    start = int(row[kernels.META])
-    scale = None if scheme.is_float else _disorder_meta(arena.meta[start : start + halves], n, scheme)
-    zero = None if scheme.symmetric else _disorder_meta(arena.meta[start + halves : start + 2 * halves], n, scheme)
-    return Packed(scheme, n, k, torch.from_numpy(_disorder(payload, n, scheme).copy()), scale, zero)
+    words = _words(scheme, n, k)
+    meta = arena.meta[row[kernels.META] :][: sum(words)]
+    of_scale, of_zero, of_multipliers = np.split(meta, np.cumsum(words)[:2])
+    scale = _disorder_meta(of_scale, n, scheme) if of_scale.size else None
+    zero = _disorder_meta(of_zero, n, scheme) if of_zero.size else None
+    multipliers = None
+    if scheme.integer_scales:  # the last byte may be none of them
+        flat = of_multipliers.copy().view(np.uint8)[: n * groups]
+        multipliers = torch.from_numpy(flat.reshape(n, groups))
+    return Packed(scheme, n, k, torch.from_numpy(_disorder(payload, n, scheme).copy()), scale, zero, multipliers)
 
 
 def _describe(scheme: Scheme, n: int, k: int, payload: int, meta: int, bias: int) -> np.ndarray:
@@ -149,8 +154,9 @@ def _describe(scheme: Scheme, n: int, k: int, payload: int, meta: int, bias: int
     row[kernels.GROUPS] = scheme.n_groups(k)
     row[kernels.PAYLOAD] = payload
     row[kernels.META] = meta
-    row[kernels.IS_WIDE] = scheme.scale_bits == 32
+    row[kernels.IS_WIDE] = _is_wide(scheme)
     row[kernels.IS_ASYM] = not scheme.symmetric
+    row[kernels.HAS_MULTIPLIERS] = scheme.integer_scales
     row[kernels.ACT_GROUPED] = scheme.act_group_size is not None
     row[kernels.BIAS] = bias
     return row
@@ -160,9 +166,21 @@ def _row_bytes(scheme: Scheme, k: int) -> int:
     return -(-k * scheme.weight_bits // 8)
 
 
-def _row_words(scheme: Scheme, k: int) -> int:
-    """16-bit words of scales and zero points of one row."""
-    return scheme.n_groups(k) * (scheme.scale_bits + scheme.zero_bits) // 16
+def _row_meta_bytes(scheme: Scheme, k: int) -> int:
+    """Bytes of scales, multipliers and zero points of one row."""
+    return (scheme.n_groups(k) * (scheme.scale_bits + scheme.zero_bits) + scheme.channel_bits) // 8
+
+
+def _words(scheme: Scheme, n: int, k: int) -> tuple[int, int, int]:
+    """16-bit words of the scales, zero points and multipliers of `n` rows, in this order in memory."""
+    groups = n * scheme.n_groups(k)
+    if scheme.integer_scales:
+        return n * scheme.channel_bits // 16, 0, -(-groups // 2)
+    return groups * scheme.scale_bits // 16, groups * scheme.zero_bits // 16, 0
+
+
+def _is_wide(scheme: Scheme) -> bool:
+    return scale_dtype(scheme) == torch.float32
 
 
 def _order(payload: np.ndarray, scheme: Scheme) -> np.ndarray:
@@ -184,7 +202,10 @@ def _disorder(flat: np.ndarray, n: int, scheme: Scheme) -> np.ndarray:
 
 
 def _order_meta(tensor: torch.Tensor, scheme: Scheme) -> np.ndarray:
-    """Scales or zero points [n, groups] as uint16 words in the kernels' order, flat."""
+    """Scales, zero points or multipliers [n, groups] as uint16 words in the kernels' order, flat."""
+    if tensor.dtype == torch.uint8:
+        flat = tensor.reshape(-1).numpy()
+        return np.pad(flat, (0, flat.size % 2)).view(np.uint16)
     words = tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16).numpy()
     ordered = words.reshape(-1) if family_of(scheme) == kernels.INTEGER else to_panels(words)
     return np.ascontiguousarray(ordered).view(np.uint16)
@@ -192,7 +213,7 @@ def _order_meta(tensor: torch.Tensor, scheme: Scheme) -> np.ndarray:
 
 def _disorder_meta(words: np.ndarray, n: int, scheme: Scheme) -> torch.Tensor:
     """Undo `_order_meta`: [n, groups]."""
-    wide = scheme.scale_bits == 32
+    wide = _is_wide(scheme)
     typed = words.copy().view(np.int32 if wide else np.int16)
     rows = typed.reshape(n, -1) if family_of(scheme) == kernels.INTEGER else from_panels(typed, n)
     return torch.from_numpy(np.ascontiguousarray(rows)).view(torch.float32 if wide else torch.bfloat16)

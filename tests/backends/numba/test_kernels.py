@@ -91,8 +91,20 @@ def test_extreme_integers_do_not_overflow() -> None:
     assert y.tolist() == [[[127.0 * 255 * k] * 2]]
 
 
+def test_integer_scales_are_summed_over_a_whole_row_without_overflow() -> None:
+    """131,072 channels of the largest magnitudes that int8 and the multipliers allow: below 2^31 in one int32."""
+    scheme, k = Scheme.parse("w4a8_g128_sym_iscale"), 2**17
+    codes = torch.zeros((2, k), dtype=torch.uint8)
+    q = Quantized(scheme, codes, torch.full((2, k // 128), 16.0))
+    routing = sort_assignments(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), 1)
+    x = torch.full((1, k), 127.0)
+    y = _gemm([q], Tile(8, 8, 8))(x, routing.token, routing)
+    assert y.tolist() == [[[-127.0 * 128 * k] * 2]]
+    assert torch.equal(y[0], matmul(x, q))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("scheme", ["w4a16_g32_asym", "w8a8_sym", "w4a4_g32_sym"])
+@pytest.mark.parametrize("scheme", ["w4a16_g32_asym", "w8a8_sym", "w4a4_g32_sym", "w4a8_g32_sym_iscale"])
 def test_a_spoilt_token_spoils_no_other(scheme: str, bad: float) -> None:
     q = quantize(torch.randn(40, 64), Scheme.parse(scheme))
     x = torch.randn(6, 64)

@@ -54,7 +54,7 @@ def test_what_is_put_can_be_read_back(chosen: list[Scheme], n: int, k: int) -> N
         assert got.scheme == put.scheme
         assert (got.n, got.k) == (n, k)
         assert torch.equal(got.payload, put.payload)
-        for a, b in ((got.scale, put.scale), (got.zero, put.zero)):
+        for a, b in ((got.scale, put.scale), (got.zero, put.zero), (got.multipliers, put.multipliers)):
             assert (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
 
 
