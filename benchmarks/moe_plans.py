@@ -35,6 +35,7 @@ SCHEMES = {
     "w2a16_g128_asym": (2.25, 2.0, "bf16", "4bit"),
     "w4a8_g128_sym": (4.125, 1.0, "int8", "4bit"),
     "w4a8_g128_sym_e4m3": (4.125, 1.0, "fp8", "4bit"),
+    "w4a8_g128_sym_iscale": (4.0625, 1.0, "int8", "4bit"),
     "w4a8_sym": (4.0, 1.0, "int8", "4bit"),
 }
 RANDOM_POOL = ("w4a8_g128_sym", "w8a8_sym", "w8a8_e4m3", "w4a16_g128_asym", "w3a16_g128_asym", "w2a16_g128_asym")

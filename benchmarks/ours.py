@@ -29,6 +29,7 @@ UNIFORM = (
     "w4a8_g128_sym",
     "w4a8_sym",
     "w4a8_g128_sym_e4m3",
+    "w4a8_g128_sym_iscale",
 )
 MIXES = ("hot:0.25", "bits:5")
 APART, WAYS = ("hot:0.25",), ("split", "streams")

@@ -23,11 +23,11 @@ from mxmoe.backends.triton.choose_ada import config_for
 from mxmoe.backends.triton.dispatch import Dispatch
 from mxmoe.backends.triton.executable import Bank
 from mxmoe.backends.triton.launch import Epilogue, Matrices, make_rows, reads_sorted, run_gemm, sort_rows
-from mxmoe.backends.triton.layout import Arena, allocate_arena, meta_bytes, payload_bytes, unpack_meta, unpack_payload
+from mxmoe.backends.triton.layout import Arena, allocate_arena, meta_bytes, payload_bytes
 from mxmoe.backends.triton.schedule import allocate, build
 from mxmoe.backends.triton.tiles import Config, Gemm, classes_of
 from mxmoe.ir import Scheme
-from mxmoe.quant import Quantized, dequantize, quantize_activation
+from mxmoe.quant import dequantize, quantize_activation
 
 EPILOGUE = Epilogue("silu")
 
@@ -52,17 +52,22 @@ def random_matrices(gemm: Gemm, device: str, seed: int) -> Matrices:
         part.random_(generator=generator)
     for at, (payload, scale, zero) in enumerate(arena.starts):
         scheme = gemm.schemes[at % len(gemm.schemes)]
-        held, meta = payload_bytes(scheme, gemm.n, gemm.k), meta_bytes(scheme, gemm.n, gemm.k)
+        held, (scales, zeros) = payload_bytes(scheme, gemm.n, gemm.k), meta_bytes(scheme, gemm.n, gemm.k)
         _fill(arena.data[payload : payload + held], scheme, gemm.k, generator)
-        _fill_meta(arena.data[scale : scale + meta], scheme, gemm.k, generator)
-        if not scheme.symmetric:
-            middle = arena.data[zero : zero + meta].view(_meta_type(scheme))
-            middle.fill_(2.0 ** (scheme.weight_bits - 1))
+        _fill_scales(arena.data[scale : scale + scales], scheme, gemm.k, generator)
+        second = arena.data[zero : zero + zeros]
+        if scheme.integer_scales:
+            # the largest multiplier of a channel is 16: here the first
+            second.random_(1, 17, generator=generator)
+            second[: zeros // 64 * 64].view(-1, 64)[:: -(-gemm.k // 128)] = 16
+        else:
+            second.view(_scale_type(scheme)).fill_(2.0 ** (scheme.weight_bits - 1))
     return Matrices(gemm, arena, None)
 
 
-def _meta_type(scheme: Scheme) -> torch.dtype:
-    return torch.float32 if scheme.group_size is None else torch.bfloat16
+def _scale_type(scheme: Scheme) -> torch.dtype:
+    """How scales lie in an arena."""
+    return torch.float32 if scheme.group_size is None or scheme.integer_scales else torch.bfloat16
 
 
 def _fill(payload: Tensor, scheme: Scheme, k: int, generator: torch.Generator) -> None:
@@ -76,12 +81,14 @@ def _fill(payload: Tensor, scheme: Scheme, k: int, generator: torch.Generator) -
     values.copy_(drawn.normal_(0, spread, generator=generator))
 
 
-def _fill_meta(meta: Tensor, scheme: Scheme, k: int, generator: torch.Generator) -> None:
-    if not len(meta):
+def _fill_scales(scales: Tensor, scheme: Scheme, k: int, generator: torch.Generator) -> None:
+    if not len(scales):
         return
     spread = 32.0 if scheme.weight_format == "e4m3" else 2.0**scheme.weight_bits / 12**0.5
-    values = meta.view(_meta_type(scheme))
-    values.copy_((0.5 + torch.rand(values.shape, generator=generator, device=values.device)) * k**-0.5 / spread)
+    spread *= 9.0 if scheme.integer_scales else 1.0  # what multipliers add
+    values = scales.view(_scale_type(scheme))
+    drawn = (0.5 + torch.rand(values.shape, generator=generator, device=values.device)) * k**-0.5 / spread
+    values.copy_(drawn.to(torch.bfloat16))  # times an integer it is still exact
 
 
 def seen_rows(rows: Tensor, scheme: Scheme) -> Tensor:
@@ -92,19 +99,7 @@ def seen_rows(rows: Tensor, scheme: Scheme) -> Tensor:
 
 def dense(arena: Arena, expert: int) -> Tensor:
     """One expert's weights, float32 [matrices x n, k]."""
-    return torch.cat([_dense(arena, matrix, expert) for matrix in range(arena.matrices)])
-
-
-def _dense(arena: Arena, matrix: int, expert: int) -> Tensor:
-    scheme, n, k = arena.schemes[expert], arena.n, arena.k
-    payload, scale, zero = arena.starts[matrix * len(arena.schemes) + expert]
-    codes = arena.data[payload : payload + payload_bytes(scheme, n, k)].clone()
-    meta = meta_bytes(scheme, n, k)
-    scales, zeros = (
-        unpack_meta(arena.data[at : at + meta].clone(), scheme, n, k) if held else None
-        for at, held in ((scale, meta), (zero, meta and not scheme.symmetric))
-    )
-    return dequantize(Quantized(scheme, unpack_payload(codes, scheme, n, k), scales, zeros))
+    return torch.cat([dequantize(arena.read(matrix, expert)) for matrix in range(arena.matrices)])
 
 
 @dataclass(frozen=True, eq=False)

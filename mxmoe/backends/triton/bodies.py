@@ -18,7 +18,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from mxmoe.backends.triton.decode import PART, bf16_nibbles, cast, e4m3_parts, float_codes, int8_parts
+from mxmoe.backends.triton.decode import PART, bf16_nibbles, cast, e4m3_parts, float_codes, int8_parts, multiplied_parts
 
 ROWS = tl.constexpr(64)
 """Output channels of a block of packed weights; a block and unit of k lie together, 64 x 64 bytes."""
@@ -185,6 +185,49 @@ def nibbles(
             at_w += ROWS * PART
             at_x += 2 * PART
     return acc
+
+
+@triton.jit
+def scaled(
+    x: tl.tensor, source: tl.tensor, weight: tl.tensor, beside: tl.tensor, multiplier: tl.tensor,
+    multiplier_beside: tl.tensor, first: tl.tensor, unit0: tl.tensor,
+    N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, PTX: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """
+    4-bit weights with integer scales against int8 rows: one sum over all of k.
+
+    `multiplier` uint8 [n block, unit, 64], loaded one unit ahead; PARTS and `unit0` as in `nibbles`.
+    """
+    UNITS: tl.constexpr = (K + 127) // 128
+    MINE: tl.constexpr = (UNITS + PARTS - 1) // PARTS
+    block, row, side = _block(first, N, BN, GATED)
+    at_w = weight + ((block * UNITS + unit0).to(tl.int64) * (ROWS * PART) + row * PART)[:, None]
+    at_w += tl.arange(0, PART)[None, :]
+    at_m = multiplier + (block * UNITS + unit0) * ROWS + row
+    if GATED:
+        at_w += (side * beside)[:, None]
+        at_m += side * multiplier_beside
+    k = tl.arange(0, PART) + unit0 * 128
+    at_x = x + source[None, :] * K + k[:, None]
+    steps = MINE
+    if UNITS % PARTS:
+        steps = tl.minimum(MINE, UNITS - unit0)
+    sums = tl.zeros((BN, BM), tl.int32)
+    m = tl.load(at_m)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        x0 = _rows_of(at_x, k + step * 128, K, 128)
+        x1 = _rows_of(at_x + PART, k + step * 128 + PART, K, 128)
+        # the multipliers of the unit behind the last are there, and not used
+        m_next = tl.load(at_m + ROWS)
+        low, high = multiplied_parts(tl.load(at_w), m.to(tl.int32)[:, None], PTX)
+        sums = _dot(low, x0, sums, PTX)
+        sums = _dot(high, x1, sums, PTX)
+        m = m_next
+        at_m += ROWS
+        at_w += ROWS * PART
+        at_x += 2 * PART
+    return sums.to(tl.float32)
 
 
 @triton.jit

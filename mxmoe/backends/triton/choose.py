@@ -31,7 +31,7 @@ def by_rule(gemm: Gemm, tokens: int, top_k: int) -> Config:
     whose sums stay in registers. The numbers were found on an H200 (`benchmarks/group_gemm.py`).
     """
     rows = mean_rows(gemm, tokens, top_k)
-    bodies = {body_of(scheme) for scheme in gemm.distinct}
+    bodies = {_kind_of(scheme) for scheme in gemm.distinct}
     coded = "dense" not in bodies
     if rows <= FEW:
         warps, registers = (4, 96) if bodies == {"nibbles"} else (4, None)
@@ -47,6 +47,12 @@ def by_rule(gemm: Gemm, tokens: int, top_k: int) -> Config:
     shapes = tuple((str(one), _shape(one, gemm, rows, warps, parts)) for one in gemm.distinct)
     grouping = 1 if rows <= SOME and coded else 2 if rows <= SOME else 4 if rows <= MANY else 8
     return Config(warps, shapes, grouping=grouping, registers=registers)
+
+
+def _kind_of(scheme: Scheme) -> str | None:
+    """Body of a scheme; what has integer scales is cut as other 4-bit codes are."""
+    body = body_of(scheme)
+    return "nibbles" if body == "scaled" else body
 
 
 def _parts(gemm: Gemm, tokens: int, top_k: int) -> int:
@@ -68,7 +74,7 @@ def _divides(gemm: Gemm, parts: int) -> bool:
 
 
 def _shape(scheme: Scheme, gemm: Gemm, rows: float, warps: int, parts: int) -> Shape:
-    body = body_of(scheme)
+    body = _kind_of(scheme)
     width = CODED_WIDTH if gemm.gated else 2 * CODED_WIDTH
     depth = 64 if scheme.act_bits == 16 else 128
     stages = 2 if scheme.weight_bits == 3 else 4

@@ -33,6 +33,22 @@ lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A;
 lop3.b32 $1, $2, 0xF0F0F0F0, 0x80808080, 0x6A;
 }""")
 
+# codes times a multiplier of 1 to 16, in both nibbles of four bytes: $3 has it, $7 four times 128 - 8 times it, so that
+# (code - 8) * multiplier + 128 stands in each byte and carries into none
+MULTIPLIED = tl.constexpr("""{
+.reg .b32 t, u;
+and.b32 t, $2, 0x0F0F0F0F;
+shr.b32 u, $2, 4;
+and.b32 u, u, 0x0F0F0F0F;
+mad.lo.u32 t, t, $3, $7;
+mad.lo.u32 u, u, $3, $7;
+xor.b32 $0, t, 0x80808080;
+xor.b32 $1, u, 0x80808080;
+}""")
+MULTIPLIED_REGISTERS = tl.constexpr("=r,=r,r,r,r,r,r,r,r,r,r")
+MIDDLES, MINUS_EIGHTS = tl.constexpr(-0x7F7F7F80), tl.constexpr(-0x08080808)
+"""Four bytes of 128 and of -8, as an int32."""
+
 # bits 7 and 2..0 are sign and magnitude of the low code, bits 6 and 5..3 those of the high one
 SUBNORMALS = tl.constexpr("""{
 .reg .b32 t, u;
@@ -98,6 +114,20 @@ def e4m3_parts(p: tl.tensor, PTX: tl.constexpr) -> Any:
     else:
         low = (p & 0x87).to(tl.float8e4nv, bitcast=True)
         high = (((p << 1) & 0x80) | ((p >> 3) & 7)).to(tl.float8e4nv, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def multiplied_parts(p: tl.tensor, m: tl.tensor, PTX: tl.constexpr) -> Any:
+    """Bytes [n, 64] of 4-bit codes, int32 multipliers [n, 1] up to 16 -> both parts as int8 [n, 64], (code - 8) * m."""
+    if PTX:
+        middle = m * MINUS_EIGHTS + MIDDLES
+        low, high = tl.inline_asm_elementwise(
+            MULTIPLIED, MULTIPLIED_REGISTERS, [p, m, middle], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        low = (((p & 15).to(tl.int32) - 8) * m).to(tl.int8)
+        high = (((p >> 4).to(tl.int32) - 8) * m).to(tl.int8)
     return low, high
 
 

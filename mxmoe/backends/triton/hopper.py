@@ -32,7 +32,7 @@ WARPS = DIVIDED_WARPS
 """Warps of a program: two warpgroups that multiply, and one of which a warp loads."""
 HEIGHTS = (16, 32, 64, 128)
 """Rows of a tile."""
-ENOUGH_ROWS = {"dense": 1.0, "nibbles": 4.0}
+ENOUGH_ROWS = {"dense": 1.0, "nibbles": 4.0, "scaled": 4.0}
 """Rows of a mean active expert from which the kernel is taken where nothing was measured, by body."""
 LEAST_ROWS, MANY_ROWS = 2.0, 24.0
 """Rows of a mean active expert up to which tiles are the lowest, and beyond which those of dense weights are tall."""
@@ -54,24 +54,28 @@ _ELEMENTS = {
 
 NARROW_WIDTH = CHANNELS // 2
 """Of a tile of few rows of dense weights."""
-WIDE, NARROW, NIBBLES = 0, 1, 2
+WIDE, NARROW, NIBBLES, SCALED, SCALED_LOW = 0, 1, 2, 3, 4
 """Bodies: `kernels_hopper_ring`."""
+RINGS = {WIDE: WIDE, NARROW: NARROW, NIBBLES: NIBBLES, SCALED: WIDE, SCALED_LOW: NARROW}
+"""Body -> the one whose ring of buffers it uses, its own or another's."""
 STAGES = {WIDE: 4, NARROW: 8, NIBBLES: 8}
-"""Buffers in flight: what shared memory holds."""
+"""Buffers in flight of each ring: what shared memory holds."""
 
-Operands = tuple[bool, int]
-"""Whether weights have 4 bits, and the place of the kind of rows among those of the GEMM."""
+Operands = tuple[str, int]
+"""Body that weights lie for, and the place of the kind of rows among those of the GEMM."""
 
 
 def fits(scheme: Scheme) -> bool:
-    """Say whether the kernel multiplies a scheme: dense weights, or 4-bit ones against rows with one scale each."""
+    """Say whether the kernel multiplies a scheme: dense weights, or 4-bit ones against rows with one scale."""
     body = body_of(scheme)
-    return body == "dense" or (body == "nibbles" and scheme.act_group_size is None)
+    return body in ("dense", "scaled") or (body == "nibbles" and scheme.act_group_size is None)
 
 
-def config_for(gemm: Gemm, heights: Sequence[int] = HEIGHTS) -> Config | None:
+def config_for(gemm: Gemm, heights: Sequence[int] = HEIGHTS, *, is_narrow: bool = False) -> Config | None:
     """
     Give the kernel's tiles of the given heights, or None where it does not multiply the GEMM.
+
+    Tiles of 16 and 32 rows are narrow ones, of half as many channels; those of 64 may be.
 
     It does not where it has no body for a scheme, where operands are of more kinds than it has rings, or where a row is
     no whole 16 bytes.
@@ -81,7 +85,7 @@ def config_for(gemm: Gemm, heights: Sequence[int] = HEIGHTS) -> Config | None:
         return None
     if len({_operands_of(gemm, scheme) for scheme in gemm.distinct}) > MOST_OPERANDS:
         return None
-    shapes = tuple((str(scheme), _shape(scheme, gemm, tuple(heights))) for scheme in gemm.distinct)
+    shapes = tuple((str(scheme), _shape(scheme, gemm, tuple(heights), is_narrow)) for scheme in gemm.distinct)
     return Config(WARPS, shapes, per_sm=1)
 
 
@@ -92,24 +96,26 @@ def by_rule(gemm: Gemm, rows: float) -> Config | None:
         return None
     if rows <= LEAST_ROWS:
         return config_for(gemm, HEIGHTS[:1])
-    return config_for(gemm, HEIGHTS[2:] if rows > MANY_ROWS and bodies == {"dense"} else HEIGHTS)
+    return config_for(gemm, HEIGHTS[2:] if rows > MANY_ROWS and "nibbles" not in bodies else HEIGHTS)
 
 
 def candidates(gemm: Gemm) -> tuple[Config, ...]:
     """Tiles worth measuring; none where the kernel does not multiply the GEMM."""
-    made = (config_for(gemm, heights) for heights in ((16, 32, 64, 128), (64, 128), (32, 64), (16,)))
-    return tuple(config for config in made if config is not None)
+    made = [config_for(gemm, heights) for heights in ((16, 32, 64, 128), (64, 128), (32, 64), (16,))]
+    made += [config_for(gemm, heights, is_narrow=True) for heights in ((16, 32, 64, 128), (16, 32, 64), (64,))]
+    return tuple(dict.fromkeys(config for config in made if config is not None))
 
 
 def _operands_of(gemm: Gemm, scheme: Scheme) -> Operands:
-    return body_of(scheme) == "nibbles", gemm.row_kinds.index(RowKind.of(scheme))
+    return body_of(scheme) or "", gemm.row_kinds.index(RowKind.of(scheme))
 
 
-def _shape(scheme: Scheme, gemm: Gemm, heights: tuple[int, ...]) -> Shape:
+def _shape(scheme: Scheme, gemm: Gemm, heights: tuple[int, ...], is_narrow: bool) -> Shape:
     """What is left of an expert's rows comes last, as tiles that cost less."""
     sides = 1 + gemm.gated
-    if body_of(scheme) == "dense":
-        return Shape(heights, CHANNELS // sides, 64 if scheme.act_bits == 16 else 128, STAGES[WIDE])
+    if body_of(scheme) != "nibbles":
+        width = NARROW_WIDTH if is_narrow else CHANNELS
+        return Shape(heights, width // sides, 64 if scheme.act_bits == 16 else 128, STAGES[WIDE])
     return Shape(heights, CHANNELS // 2 // sides, 128, STAGES[NIBBLES])
 
 
@@ -166,19 +172,19 @@ def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> list[tuple[A
         *(gemm.n, gemm.k, len(gemm.schemes), config.grouping, int(gemm.gated), int(matrices.bias is not None)),
         *(epilogue.act, *epilogue.pair),
     )
-    rings = list(dict.fromkeys(map(_ring_of, fields)))
+    rings = list(dict.fromkeys(_ring_of(field, gemm) for field in fields))
     made: list[tuple[Any, ...]] = []
     barrier = 0
     for ring in rings:
         kind, row_kind = ring
-        mine = [place for place, field in enumerate(fields) if _ring_of(field) == ring]
+        mine = [place for place, field in enumerate(fields) if _ring_of(field, gemm) == ring]
         for place in mine:
             field = fields[place]
-            width = NARROW_WIDTH // (1 + gemm.gated) if kind == NARROW else field["width"]
+            body = KINDS[field["kind"]]
             made.append(
                 (
-                    *launch, kind, field["height"], place, -(-gemm.n // width),
-                    field["group"] if kind == NIBBLES else 0, row_kind, operands.index((kind == NIBBLES, row_kind)),
+                    *launch, _kind_of(field, gemm), field["height"], place, -(-gemm.n // _width_of(kind, gemm)),
+                    field["group"] if kind == NIBBLES else 0, row_kind, operands.index((body, row_kind)),
                     barrier, STAGES[kind], int(place == mine[-1] and ring != rings[-1]),
                 )
             )  # fmt: skip
@@ -191,10 +197,24 @@ def operands_of(gemm: Gemm) -> tuple[Operands, ...]:
     return tuple(sorted({_operands_of(gemm, scheme) for scheme in gemm.distinct}))
 
 
-def _ring_of(field: dict[str, int]) -> tuple[int, int]:
-    """Body and kind of rows of a class."""
-    dense = WIDE if field["height"] >= TALL_BOX else NARROW
-    return NIBBLES if field["kind"] == KINDS.index("nibbles") else dense, field["row_kind"]
+def _kind_of(field: dict[str, int], gemm: Gemm) -> int:
+    """Body of a class: tiles of 64 rows are tall or low as the config's width says."""
+    body = KINDS[field["kind"]]
+    if body == "nibbles":
+        return NIBBLES
+    is_narrow = field["width"] == NARROW_WIDTH // (1 + gemm.gated)
+    is_tall = field["height"] >= (TALL_BOX + is_narrow)
+    return {"dense": (NARROW, WIDE), "scaled": (SCALED_LOW, SCALED)}[body][is_tall]
+
+
+def _width_of(ring: int, gemm: Gemm) -> int:
+    """Output channels, of each matrix, of the tiles of a ring."""
+    return (CHANNELS if ring == WIDE else NARROW_WIDTH) // (1 + gemm.gated)
+
+
+def _ring_of(field: dict[str, int], gemm: Gemm) -> tuple[int, int]:
+    """Ring of buffers and kind of rows of a class."""
+    return RINGS[_kind_of(field, gemm)], field["row_kind"]
 
 
 def _layout(box: list[int], dtype: torch.dtype) -> Any:  # noqa: ANN401  # a class that Triton does not type
@@ -205,18 +225,16 @@ def _descriptors(gemm: Gemm, rows: Rows, data: Tensor) -> list[Any]:
     """Descriptors of each kind of operands, None beyond the last, and of the scales of groups."""
     made: list[Any] = []
     operands = operands_of(gemm)
-    for is_nibbles, kind in operands:
+    for body, kind in operands:
         codes = rows.codes[kind]
-        deep = (64 if is_nibbles else 128) // codes.itemsize
-        made += [_rows(codes, [tall, deep]) for tall in (TALL_BOX, LOW_BOX)]
-        weights = data.view(codes.dtype)
-        made += [_codes(data), None] if is_nibbles else [_dense(gemm, weights, wide) for wide in (128, 64)]
+        made += [_rows(codes, [tall, 128 // codes.itemsize]) for tall in (TALL_BOX, LOW_BOX)]
+        if body == "dense":
+            made += [_dense(gemm, data.view(codes.dtype), wide) for wide in (128, 64)]
+        else:
+            made += [_codes(data), _by_block(data, torch.uint8) if body == "scaled" else None]
     made += [None] * (4 * (MOST_OPERANDS - len(operands)))
-    if any(is_nibbles for is_nibbles, _ in operands):
-        scales = data.view(torch.bfloat16).view(-1, 64)
-        plain = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=16, rank=2)
-        return [*made, TensorDescriptor(scales, list(scales.shape), [64, 1], [1, 64], plain)]
-    return [*made, None]
+    has_scales = any(body == "nibbles" for body, _ in operands)
+    return [*made, _by_block(data, torch.bfloat16) if has_scales else None]
 
 
 def _rows(codes: Tensor, box: list[int]) -> Any:  # noqa: ANN401  # a class that Triton does not type
@@ -231,7 +249,14 @@ def _dense(gemm: Gemm, weights: Tensor, wide: int) -> Any:  # noqa: ANN401
     return TensorDescriptor(weights, [slots, n, k], [ALIGN // size, k, 1], box, _layout(box, weights.dtype))
 
 
+def _by_block(data: Tensor, dtype: torch.dtype) -> Any:  # noqa: ANN401
+    """Describe the arena as numbers of blocks of 64 channels."""
+    numbers = data.view(dtype).view(-1, 64)
+    plain = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * dtype.itemsize, rank=2)
+    return TensorDescriptor(numbers, list(numbers.shape), [64, 1], [1, 64], plain)
+
+
 def _codes(data: Tensor) -> Any:  # noqa: ANN401
-    """Describe the arena as rows of a unit's payload."""
-    payload = data.view(-1, 64)
-    return TensorDescriptor(payload, list(payload.shape), [64, 1], [64, 64], _layout([64, 64], torch.uint8))
+    """Describe the arena as lines of 128 bytes, of which 32 are a block and unit of codes."""
+    lines = data.view(-1, 128)
+    return TensorDescriptor(lines, list(lines.shape), [128, 1], [32, 128], _layout([32, 128], torch.uint8))

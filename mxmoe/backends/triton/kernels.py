@@ -16,7 +16,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from mxmoe.backends.triton.bodies import channels, dense, nibbles, wide
+from mxmoe.backends.triton.bodies import channels, dense, nibbles, scaled, wide
 from mxmoe.backends.triton.decode import E4M3_STEP, INT8_STEP, cast
 from mxmoe.backends.triton.kernels_schedule import tile_in_class
 
@@ -43,7 +43,7 @@ ROW_GROUP = tl.constexpr(11)
 PARTS = tl.constexpr(12)
 LEAD = tl.constexpr(13)
 
-DENSE, NIBBLES, WIDE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+DENSE, NIBBLES, WIDE, SCALED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 """Kinds of bodies."""
 
 
@@ -156,6 +156,13 @@ def _sums(
             part * ((units + S[PARTS] - 1) // S[PARTS]),
             S[N], S[K], S[PARTS], S[GROUP], S[ROW_GROUP], S[HEIGHT], BN, S[STAGES], GATED, PTX,
         )  # fmt: skip
+    elif S[KIND] == SCALED:
+        m, m_beside = _address(base_ptr, expert, 2, LANES, GATED)
+        units: tl.constexpr = (S[K] + 127) // 128
+        acc = scaled(
+            x, source, arena + at, beside, arena + m, m_beside, first, part * ((units + S[PARTS] - 1) // S[PARTS]),
+            S[N], S[K], S[PARTS], S[HEIGHT], BN, S[STAGES], GATED, PTX,
+        )  # fmt: skip
     else:
         meta = tl.pointer_type(tl.float32 if S[GROUP] == 0 else tl.bfloat16)
         each: tl.constexpr = 4 if S[GROUP] == 0 else 2
@@ -179,7 +186,7 @@ def _columns(CLASSES: tl.constexpr, C: tl.constexpr) -> tl.constexpr:
 def _address(
     base_ptr: tl.tensor, expert: tl.tensor, WHAT: tl.constexpr, LANES: tl.constexpr, GATED: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Byte offset of payload (0), scale (1) or zero (2) of an expert, and bytes to the second matrix's, if any."""
+    """Byte offset of an expert's payload (0), scale (1) or zero or multiplier (2), and bytes to the second matrix's."""
     at = tl.multiple_of(tl.load(base_ptr + expert * 3 + WHAT), 256)
     if GATED:
         beside = tl.multiple_of(tl.load(base_ptr + (LANES + expert) * 3 + WHAT) - at, 256)

@@ -32,6 +32,8 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     POSTS,
     RING,
     ROWS,
+    SCALED,
+    SCALED_LOW,
     STAGES,
     TALL_BOX,
     WIDE,
@@ -39,6 +41,7 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     next_buffer,
     run,
 )
+from mxmoe.backends.triton.kernels_hopper_scaled import load_scaled, multiply_scaled
 
 
 @gluon.jit
@@ -65,6 +68,10 @@ def _load_run(
         if S[KIND] == NIBBLES:
             tile, turn, s, phase = load_nibbles(
                 xd, wd, metas, tables, ring, post, first, count, before, tile, turn, s, phase, S
+            )
+        elif S[KIND] == SCALED or S[KIND] == SCALED_LOW:
+            tile, turn, s, phase = load_scaled(
+                xd, wd, narrow[S[RING]], tables, ring, post, first, count, before, tile, turn, s, phase, S
             )
         else:
             tile, turn, s, phase = load_dense(
@@ -112,6 +119,11 @@ def _multiply_run(
     if tile < last:
         if S[KIND] == NIBBLES:
             tile, turn, s, phase = multiply_nibbles(
+                xd, wide[S[RING]], arena, bias_ptr, x_scale, y_ptr, tables, ring, post, first, count, before,
+                tile, turn, s, phase, S, WG,
+            )  # fmt: skip
+        elif S[KIND] == SCALED or S[KIND] == SCALED_LOW:
+            tile, turn, s, phase = multiply_scaled(
                 xd, wide[S[RING]], arena, bias_ptr, x_scale, y_ptr, tables, ring, post, first, count, before,
                 tile, turn, s, phase, S, WG,
             )  # fmt: skip

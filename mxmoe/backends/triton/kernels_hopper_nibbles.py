@@ -37,17 +37,32 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     take,
 )
 
+HALF = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 16], [0, 32]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [32, 64]
+    )
+)
+"""Codes of 32 channels: who holds a row of gate's operand, thread and register, holds the same row of up's."""
+LINES = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 16], [0, 32]], [[0, 4], [0, 8], [0, 64], [1, 0], [2, 0]], [[4, 0], [8, 0]], [], [16, 128]
+    )
+)
+"""The same, two channels a line."""
+HALF_ROW = gl.constexpr(gl.SliceLayout(1, HALF.value))
+"""A number for each of their channels."""
+
 
 @gluon.jit
 def rows_in(big: gl.tensor, xd: gl.tensor, BOX: gl.constexpr, S: gl.constexpr) -> gl.tensor:
-    """The ring's rows as boxes of BOX rows, 128 of them to either half of a buffer."""
-    return big._reinterpret(xd.dtype, [S[STAGES] * 2 * (128 // BOX), BOX, 64], xd.layout)
+    """The ring's rows as boxes of BOX rows, 128 of them to a buffer."""
+    return big._reinterpret(xd.dtype, [S[STAGES] * (128 // BOX), BOX, 128], xd.layout)
 
 
 @gluon.jit
 def codes_in(small: gl.tensor, wd: gl.tensor, S: gl.constexpr) -> gl.tensor:
-    """The ring's codes, two blocks of 64 channels to a buffer."""
-    return small._reinterpret(gl.uint8, [S[STAGES] * 2, 64, 64], wd.layout)
+    """The ring's codes, two blocks of 64 channels to a buffer; two channels are a line of 128 bytes."""
+    return small._reinterpret(gl.uint8, [S[STAGES] * 2, 32, 128], wd.layout)
 
 
 @gluon.jit
@@ -56,7 +71,7 @@ def load_nibbles(
     first: gl.tensor, count: gl.tensor, before: gl.tensor, tile: gl.tensor, turn: gl.tensor, s: gl.tensor,
     phase: gl.tensor, S: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """Fill the ring: in each step a unit of two blocks of weights, its scales, and both halves of its rows."""
+    """Fill the ring: in each step a unit of two blocks of weights, its scales, and its rows."""
     base_ptr, _, band_ptr, bands, walk_ptr = tables
     small, big, ss, full, empty = ring
     UNITS: gl.constexpr = (S[K] + 127) // 128
@@ -76,8 +91,8 @@ def load_nibbles(
         from_row = row
         b0 = column * (1 if S[GATED] else 2)
         b1 = b0 if S[GATED] else gl.minimum(b0 + 1, BLOCKS - 1)
-        w0 = (at // 64).to(gl.int32) + b0 * (UNITS * 64)
-        w1 = (beside // 64).to(gl.int32) + b1 * (UNITS * 64)
+        w0 = (at // 128).to(gl.int32) + b0 * (UNITS * 32)
+        w1 = (beside // 128).to(gl.int32) + b1 * (UNITS * 32)
         s0 = (scale_at // 128).to(gl.int32) + b0 * UNITS
         s1 = (scale_beside // 128).to(gl.int32) + b1 * UNITS
         expert, row, _, column = find(tile, first, count, band_ptr, bands, S)
@@ -87,32 +102,44 @@ def load_nibbles(
             barrier = full.index(S[FIRST] + s)
             mbarrier.wait(empty.index(S[FIRST] + s), phase)
             mbarrier.expect(barrier, BYTES)
-            tma.async_copy_global_to_shared(wd, [w0 + unit * 64, 0], barrier, ws.index(2 * s))
-            tma.async_copy_global_to_shared(wd, [w1 + unit * 64, 0], barrier, ws.index(2 * s + 1))
+            tma.async_copy_global_to_shared(wd, [w0 + unit * 32, 0], barrier, ws.index(2 * s))
+            tma.async_copy_global_to_shared(wd, [w1 + unit * 32, 0], barrier, ws.index(2 * s + 1))
             if S[GROUP]:
                 tma.async_copy_global_to_shared(sd, [s0 + unit, 0], barrier, ss.index(2 * s))
                 tma.async_copy_global_to_shared(sd, [s1 + unit, 0], barrier, ss.index(2 * s + 1))
-            for half in gl.static_range(2):
-                for i in gl.static_range(COPIES):
-                    to = xs.index((2 * s + half) * (128 // BOX) + i)
-                    tma.async_copy_global_to_shared(xd, [from_row + i * BOX, unit * 128 + half * 64], barrier, to)
+            for i in gl.static_range(COPIES):
+                to = xs.index(s * (128 // BOX) + i)
+                tma.async_copy_global_to_shared(xd, [from_row + i * BOX, unit * 128], barrier, to)
             s, phase = next_buffer(s, phase, S)
     return tile, turn, s, phase
 
 
 @gluon.jit
-def _in_turn(a: gl.tensor, b: gl.tensor, LAYOUT: gl.constexpr) -> gl.tensor:
+def in_turn(a: gl.tensor, b: gl.tensor, LAYOUT: gl.constexpr) -> gl.tensor:
     """[32, ..] of both halves -> [64, ..], eight rows of each in turn; no number leaves its thread."""
     if len(a.shape) == 1:
         both = gl.reshape(gl.permute(gl.reshape(gl.join(a, b), (4, 8, 2)), (0, 2, 1)), (64,))
     else:
-        both = gl.reshape(gl.permute(gl.reshape(gl.join(a, b), (4, 8, 64, 2)), (0, 3, 1, 2)), (64, 64))
+        both = gl.reshape(gl.permute(gl.reshape(gl.join(a, b), (4, 8, 128, 2)), (0, 3, 1, 2)), (64, 128))
     return gl.convert_layout(both, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
+def codes_of(ws: gl.tensor, block: gl.tensor, WG: gl.constexpr) -> gl.tensor:
+    """Bytes of a warpgroup's codes [32, 64] in a block."""
+    lines = ws.index(block).slice(16 * WG, 16).load(LINES)
+    return gl.convert_layout(gl.reshape(lines, (32, 64)), HALF, assert_trivial=True)
+
+
+@gluon.jit
+def side_by_side(low: gl.tensor, high: gl.tensor) -> gl.tensor:
+    """Both parts of a unit's codes [32, 64] -> [32, 128]."""
+    return gl.reshape(gl.permute(gl.join(low, high), (0, 2, 1)), (32, 128))
+
+
+@gluon.jit
 def _decode(p: gl.tensor, INT: gl.constexpr) -> gl.tensor:
-    """Bytes of codes -> both parts as operands: int8 of 16 times the code, or e4m3 of 2^-9 times it."""
+    """Bytes of codes [32, 64] -> an operand [32, 128]: int8 of 16 times the code, or e4m3 of 2^-9 times it."""
     if INT:
         low, high = gl.inline_asm_elementwise(
             HIGH_NIBBLES, "=r,=r,r", [p], dtype=(gl.int8, gl.int8), is_pure=False, pack=4
@@ -121,7 +148,7 @@ def _decode(p: gl.tensor, INT: gl.constexpr) -> gl.tensor:
         low, high = gl.inline_asm_elementwise(
             SUBNORMALS, "=r,=r,r", [p], dtype=(gl.float8e4nv, gl.float8e4nv), is_pure=False, pack=4
         )
-    return low, high
+    return side_by_side(low, high)
 
 
 @gluon.jit
@@ -130,25 +157,17 @@ def _start_unit(
     S: gl.constexpr, WG: gl.constexpr, TALL: gl.constexpr, ACC: gl.constexpr, ADDS: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """Decode buffer `s`, start its products with TALL rows: (pending sums, scales [64] or 0). ADDS: to `sums`."""
-    # the thread that holds a row of gate's operand holds the same row of up's; so do its registers
-    HALF: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 16], [0, 32]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [32, 64]
-    )
-    ROW: gl.constexpr = gl.SliceLayout(1, HALF)
     DOT: gl.constexpr = gl.DotOperandLayout(0, ACC, 4)
     INT: gl.constexpr = xs.dtype == gl.int8
     EVERY: gl.constexpr = 128 // TALL
-    l0, h0 = _decode(ws.index(2 * s).slice(32 * WG, 32).load(HALF), INT)
-    l1, h1 = _decode(ws.index(2 * s + 1).slice(32 * WG, 32).load(HALF), INT)
-    low = _in_turn(l0, l1, DOT)
-    high = _in_turn(h0, h1, DOT)
+    w = in_turn(_decode(codes_of(ws, 2 * s, WG), INT), _decode(codes_of(ws, 2 * s + 1, WG), INT), DOT)
     scale = 0
     if S[GROUP]:
-        s0 = ss.index(2 * s).slice(32 * WG, 32).load(ROW).to(gl.float32)
-        s1 = ss.index(2 * s + 1).slice(32 * WG, 32).load(ROW).to(gl.float32)
-        scale = _in_turn(s0, s1, gl.SliceLayout(1, ACC))
-    part = warpgroup_mma(low, xs.index(2 * s * EVERY).permute((1, 0)), sums, use_acc=ADDS, is_async=True)
-    part = warpgroup_mma(high, xs.index((2 * s + 1) * EVERY).permute((1, 0)), part, is_async=True)
+        s0 = ss.index(2 * s).slice(32 * WG, 32).load(HALF_ROW).to(gl.float32)
+        s1 = ss.index(2 * s + 1).slice(32 * WG, 32).load(HALF_ROW).to(gl.float32)
+        scale = in_turn(s0, s1, gl.SliceLayout(1, ACC))
+    x = xs.index(s * EVERY).permute((1, 0))
+    part = warpgroup_mma(w, x, sums, use_acc=ADDS, is_async=True)
     return part, scale
 
 
@@ -180,26 +199,18 @@ def _sum_nibbles(
 
 
 @gluon.jit
-def _tile_nibbles(
-    arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor, x_scale: gl.tensor, y_ptr: gl.tensor, xs: gl.tensor,
-    ws: gl.tensor, ss: gl.tensor, full: gl.tensor, empty: gl.tensor, s: gl.tensor, phase: gl.tensor, expert: gl.tensor,
-    row: gl.tensor, rows: gl.tensor, n0: gl.tensor, n1: gl.tensor,
-    S: gl.constexpr, WG: gl.constexpr, TALL: gl.constexpr,
-) -> gl.tensor:  # fmt: skip
-    """Multiply and store 32 channels of both halves of a tile of at most TALL rows."""
-    INT: gl.constexpr = xs.dtype == gl.int8
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TALL, 32])
+def store_turns(
+    y: gl.tensor, arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor, y_ptr: gl.tensor, expert: gl.tensor,
+    row: gl.tensor, rows: gl.tensor, n0: gl.tensor, n1: gl.tensor, BY_CHANNEL: gl.constexpr, S: gl.constexpr,
+) -> None:  # fmt: skip
+    """Part what `in_turn` joined, and store 32 channels of both halves; BY_CHANNEL: times their scales."""
+    TALL: gl.constexpr = S[HEIGHT]
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [4, 8], [1, 4], [0, 1])
-    SUM: gl.constexpr = gl.int32 if INT else gl.float32
-    m = gl.arange(0, TALL, gl.SliceLayout(0, ACC))
-    r = gl.load(x_scale + row + m, mask=m < rows, other=0.0) * (INT8_STEP if INT else E4M3_STEP)
-    acc, s, phase = _sum_nibbles(xs, ws, ss, full, empty, s, phase, S, WG, TALL, ACC, SUM)
-    y = gl.permute(gl.reshape(acc * r[None, :], (4, 2, 8, TALL)), (0, 2, 3, 1))
-    a, b = gl.split(y)
+    a, b = gl.split(gl.permute(gl.reshape(y, (4, 2, 8, TALL)), (0, 2, 3, 1)))
     a = gl.reshape(a, (32, TALL))
     b = gl.reshape(b, (32, TALL))
     n = gl.arange(0, 32, gl.SliceLayout(1, a.type.layout))
-    if S[GROUP] == 0:
+    if BY_CHANNEL:
         s0, s1 = scales_of(arena, base_ptr, expert, n0, n1, n, S)
         a = a * s0[:, None]
         b = b * s1[:, None]
@@ -210,6 +221,23 @@ def _tile_nibbles(
     m_out = gl.arange(0, TALL, gl.SliceLayout(0, OUT))
     n_out = gl.arange(0, 32, gl.SliceLayout(1, OUT))
     store(a, b, y_ptr, row, rows, m_out, n_out, n0, n1, 1, OUT, S)
+
+
+@gluon.jit
+def _tile_nibbles(
+    arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor, x_scale: gl.tensor, y_ptr: gl.tensor, xs: gl.tensor,
+    ws: gl.tensor, ss: gl.tensor, full: gl.tensor, empty: gl.tensor, s: gl.tensor, phase: gl.tensor, expert: gl.tensor,
+    row: gl.tensor, rows: gl.tensor, n0: gl.tensor, n1: gl.tensor,
+    S: gl.constexpr, WG: gl.constexpr, TALL: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Multiply and store 32 channels of both halves of a tile of at most TALL rows."""
+    INT: gl.constexpr = xs.dtype == gl.int8
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TALL, 32])
+    SUM: gl.constexpr = gl.int32 if INT else gl.float32
+    m = gl.arange(0, TALL, gl.SliceLayout(0, ACC))
+    r = gl.load(x_scale + row + m, mask=m < rows, other=0.0) * (INT8_STEP if INT else E4M3_STEP)
+    acc, s, phase = _sum_nibbles(xs, ws, ss, full, empty, s, phase, S, WG, TALL, ACC, SUM)
+    store_turns(acc * r[None, :], arena, base_ptr, bias_ptr, y_ptr, expert, row, rows, n0, n1, S[GROUP] == 0, S)
     return s, phase
 
 

@@ -57,7 +57,9 @@ LOW_ROWS = gl.constexpr(64)
 WIDE = gl.constexpr(0)
 NARROW = gl.constexpr(1)
 NIBBLES = gl.constexpr(2)
-"""Bodies: dense weights in tall tiles and in low ones, and 4-bit weights."""
+SCALED = gl.constexpr(3)
+SCALED_LOW = gl.constexpr(4)
+"""Bodies: dense weights in tall tiles and in low ones, 4-bit weights, and those with integer scales like dense ones."""
 POSTS = gl.constexpr(4)
 """Numbers of tiles that may be on their way to the warpgroups."""
 SLOT = gl.constexpr(256)

@@ -3,7 +3,8 @@ Weights as the kernels read them: every packing function with its inverse beside
 
 All matrices of a GEMM lie in one arena of bytes, each at three addresses, for payload, scales and zero points. What the
 bodies read (`bodies.py`): dense matrices row-major; packed ones in blocks of 64 output channels, and within a block in
-units of 64 bytes a row, so that what a program loads together lies together.
+units of 64 bytes a row, so that what a program loads together lies together. Where scales are integers, scales of
+channels lie at the second address and multipliers of groups at the third.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.nn import functional
 
 from mxmoe.errors import BadQuantized
 from mxmoe.ir import Scheme
-from mxmoe.quant import Quantized
+from mxmoe.quant import Quantized, join_scales, split_scales
 
 ROWS = 64
 """Output channels of a block."""
@@ -25,8 +26,10 @@ PART = 64
 """Bytes of a row of a unit, and channels of a part of it."""
 ALIGN = 256
 """Bytes; a tile's loads are then whole lines."""
+AHEAD = ROWS
+"""Scales behind the last group's: a body loads those of one unit ahead."""
 
-KINDS = ("dense", "nibbles", "wide")
+KINDS = ("dense", "nibbles", "wide", "scaled")
 """Names of the bodies, in the order of their numbers in the kernel."""
 
 
@@ -42,6 +45,9 @@ def body_of(scheme: Scheme) -> str | None:
         return None
     if scheme.weight_bits == 8 and scheme.act_bits == 8:
         return "dense" if scheme.group_size is None else None
+    if scheme.integer_scales:
+        fits = (scheme.weight_bits, scheme.act_bits, scheme.group_size) == (4, 8, 128)
+        return "scaled" if fits else None
     if scheme.weight_bits == 4 and scheme.act_bits in (4, 8):
         return "nibbles" if scheme.group_size in (None, 128) else None
     return None
@@ -65,7 +71,7 @@ def pack_payload(q: Quantized) -> Tensor:
         return codes.contiguous().view(torch.uint8).flatten()
     blocks = -(-q.n // ROWS)
     channels = unit_channels(q.scheme)
-    middle = 8 if body == "nibbles" else 0
+    middle = 0 if body == "wide" else 8
     padded = functional.pad(q.codes, (0, -q.k % channels, 0, blocks * ROWS - q.n), value=middle)
     if body == "nibbles" and q.scheme.act_format == "e4m3":
         padded = _sign_magnitude(padded, q.scheme)
@@ -106,36 +112,59 @@ def unpack_payload(payload: Tensor, scheme: Scheme, n: int, k: int) -> Tensor:
     return rows[:n, :k].contiguous()
 
 
-def pack_meta(meta: Tensor | None, scheme: Scheme, k: int) -> Tensor:
-    """Scales or zero points [n, groups] -> [n block, group, 64] (one channel: [n]), flat bytes; nothing for None."""
-    if meta is None:
-        return torch.empty(0, dtype=torch.uint8)
-    blocks = -(-len(meta) // ROWS)
-    if scheme.group_size is None:
-        return functional.pad(meta[:, 0], (0, blocks * ROWS - len(meta))).contiguous().view(torch.uint8)
-    groups = _groups(scheme, k)
-    padded = functional.pad(meta, (0, groups - meta.shape[1], 0, blocks * ROWS - len(meta)))
-    tiled = padded.unflatten(0, (blocks, ROWS)).transpose(1, 2).contiguous()
-    # a body loads the scales of one unit ahead
-    return functional.pad(tiled.flatten(), (0, ROWS)).view(torch.uint8)
+def pack_metas(q: Quantized) -> tuple[Tensor, Tensor]:
+    """
+    Pack what lies at a matrix's second and third address: scales, and zero points or multipliers; flat bytes.
+
+    Of groups it is [n block, group, 64], of channels [n block, 64]; empty where there is nothing.
+    """
+    none = torch.empty(0, dtype=torch.uint8)
+    if q.scale is None:
+        return none, none
+    if q.scheme.integer_scales:
+        channel, multipliers = split_scales(q.scale)
+        return _by_group(channel, None, q.k), _by_group(multipliers, q.scheme, q.k)
+    scheme = None if q.scheme.group_size is None else q.scheme
+    return _by_group(q.scale, scheme, q.k), none if q.zero is None else _by_group(q.zero, scheme, q.k)
 
 
-def unpack_meta(payload: Tensor, scheme: Scheme, n: int, k: int) -> Tensor:
-    """Undo `pack_meta`: [n, groups] in the scheme's storage type."""
-    blocks = -(-n // ROWS)
-    if scheme.group_size is None:
-        return payload.view(torch.float32)[:n, None].contiguous()
-    groups = _groups(scheme, k)
-    tiled = payload.view(torch.bfloat16)[: blocks * groups * ROWS].view(blocks, groups, ROWS)
-    return tiled.transpose(1, 2).reshape(blocks * ROWS, groups)[:n, : scheme.n_groups(k)].contiguous()
-
-
-def meta_bytes(scheme: Scheme, n: int, k: int) -> int:
-    """Bytes of the scales of a matrix in an arena; 0 for a float scheme."""
-    blocks = -(-n // ROWS)
+def unpack_metas(first: Tensor, second: Tensor, scheme: Scheme, n: int, k: int) -> tuple[Tensor, ...]:
+    """Undo `pack_metas`: the scale [n, groups], and the zero point if there is one; nothing for a float scheme."""
     if scheme.is_float:
-        return 0
-    return 4 * blocks * ROWS if scheme.group_size is None else 2 * ROWS * (blocks * _groups(scheme, k) + 1)
+        return ()
+    groups = _groups(scheme, k)
+    if scheme.integer_scales:
+        multipliers = _from_groups(second, n, groups)[:, : scheme.n_groups(k)]
+        return (join_scales(_from_groups(first.view(torch.float32), n, 1), multipliers.contiguous()),)
+    dtype = torch.float32 if scheme.group_size is None else torch.bfloat16
+    held = (first,) if scheme.symmetric else (first, second)
+    return tuple(_from_groups(one.view(dtype), n, groups)[:, : scheme.n_groups(k)].contiguous() for one in held)
+
+
+def _by_group(meta: Tensor, scheme: Scheme | None, k: int) -> Tensor:
+    """[n, groups] -> bytes of [n block, group, 64] and what is `AHEAD`; without a scheme one number a channel."""
+    groups, ahead = (_groups(scheme, k), AHEAD) if scheme is not None else (1, 0)
+    padded = functional.pad(meta, (0, groups - meta.shape[1], 0, -len(meta) % ROWS))
+    tiled = padded.unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous()
+    return functional.pad(tiled.flatten(), (0, ahead)).view(torch.uint8)
+
+
+def _from_groups(tiled: Tensor, n: int, groups: int) -> Tensor:
+    """Undo `_by_group`: [n, groups]."""
+    blocks = -(-n // ROWS)
+    return tiled[: blocks * groups * ROWS].view(blocks, groups, ROWS).transpose(1, 2).reshape(-1, groups)[:n]
+
+
+def meta_bytes(scheme: Scheme, n: int, k: int) -> tuple[int, int]:
+    """Bytes at a matrix's second and third address in an arena: scales, and zero points or multipliers."""
+    if scheme.is_float:
+        return 0, 0
+    channels = -(-n // ROWS) * ROWS
+    grouped = channels * _groups(scheme, k) + AHEAD
+    if scheme.integer_scales:
+        return 4 * channels, grouped
+    held = 4 * channels if scheme.group_size is None else 2 * grouped
+    return held, 0 if scheme.symmetric else held
 
 
 def payload_bytes(scheme: Scheme, n: int, k: int) -> int:
@@ -147,8 +176,9 @@ def payload_bytes(scheme: Scheme, n: int, k: int) -> int:
 
 
 def _groups(scheme: Scheme, k: int) -> int:
-    """Groups of a row once k is padded to whole units."""
-    assert scheme.group_size is not None, f"{scheme} has no groups"
+    """Scales of a row once k is padded to whole units."""
+    if scheme.group_size is None:
+        return 1
     channels = unit_channels(scheme)
     return max(-(-k // channels) * channels // scheme.group_size, scheme.n_groups(k))
 
@@ -186,7 +216,10 @@ class Arena:
     data: Tensor
     """uint8."""
     base: Tensor
-    """int64 [matrices, lanes, 3]: bytes at which payload, scales and zero points begin; on the device of `data`."""
+    """
+    int64 [matrices, lanes, 3], on the device of `data`: bytes at which payload, scales, and zero points or multipliers
+    begin.
+    """
     starts: tuple[tuple[int, int, int], ...]
     """The same on the host, by matrix and lane."""
 
@@ -195,9 +228,9 @@ class Arena:
         scheme = self.schemes[lane]
         payload, scale, zero = self.starts[matrix * len(self.schemes) + lane]
         codes = self.data[payload : payload + payload_bytes(scheme, self.n, self.k)]
-        held = meta_bytes(scheme, self.n, self.k)
-        starts = (scale,) if scheme.symmetric else (scale, zero)
-        metas = [unpack_meta(self.data[at : at + held].clone(), scheme, self.n, self.k) for at in starts if held]
+        held = zip((scale, zero), meta_bytes(scheme, self.n, self.k), strict=True)
+        first, second = (self.data[at : at + size].clone() for at, size in held)
+        metas = unpack_metas(first, second, scheme, self.n, self.k)
         return Quantized(scheme, unpack_payload(codes.clone(), scheme, self.n, self.k), *metas)
 
 
@@ -233,8 +266,7 @@ def _starts(
     end = 0
     for _ in range(matrices):
         for scheme in schemes:
-            meta = meta_bytes(scheme, n, k)
-            sizes = (payload_bytes(scheme, n, k), meta, 0 if scheme.symmetric else meta)
+            sizes = (payload_bytes(scheme, n, k), *meta_bytes(scheme, n, k))
             sizes = (0, 0, 0) if scheme in apart else sizes
             at: list[int] = []
             for size in sizes:
@@ -246,6 +278,6 @@ def _starts(
 
 def put(arena: Arena, matrix: int, lane: int, q: Quantized) -> None:
     """Write one matrix into its place."""
-    pieces = (pack_payload(q), pack_meta(q.scale, q.scheme, q.k), pack_meta(q.zero, q.scheme, q.k))
+    pieces = (pack_payload(q), *pack_metas(q))
     for at, piece in zip(arena.starts[matrix * len(arena.schemes) + lane], pieces, strict=True):
         arena.data[at : at + len(piece)] = piece

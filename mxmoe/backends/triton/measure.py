@@ -59,11 +59,13 @@ def random_arena(gemm: Gemm, device: torch.device) -> Arena:
         part.bitwise_and_(0xBFBFBFBFBFBFBFBF - 2**64)
     for at, (_, scale, zero) in enumerate(arena.starts):
         scheme = gemm.schemes[at % len(gemm.schemes)]
-        held = meta_bytes(scheme, gemm.n, gemm.k)
-        dtype = torch.float32 if scheme.group_size is None else torch.bfloat16
-        arena.data[scale : scale + held].view(dtype).fill_(0.01)
-        if not scheme.symmetric:
-            arena.data[zero : zero + held].view(dtype).fill_(2.0 ** (scheme.weight_bits - 1))
+        scales, zeros = meta_bytes(scheme, gemm.n, gemm.k)
+        dtype = torch.bfloat16 if scheme.group_size is not None and not scheme.integer_scales else torch.float32
+        arena.data[scale : scale + scales].view(dtype).fill_(0.01)
+        if scheme.integer_scales:
+            arena.data[zero : zero + zeros].random_(1, 17)
+        else:
+            arena.data[zero : zero + zeros].view(dtype).fill_(2.0 ** (scheme.weight_bits - 1))
     return arena
 
 

@@ -146,13 +146,18 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
             spec = (
                 KINDS.index(body_of(scheme) or ""),
                 *(height, shape.width, shape.depth, _stages(shape, scheme, min(k, gemm.k)), n, k, scheme.weight_bits),
-                *(scheme.group_size or 0, int(not scheme.symmetric), kinds.index(RowKind.of(scheme))),
+                *(_scale_group(scheme), int(not scheme.symmetric), kinds.index(RowKind.of(scheme))),
                 *(int(scheme.act_group_size is not None), shape.parts, lead),
             )
             time = tile_time(scheme, height, shape.width, k // shape.parts)
             rows.append(((0, -time), TileClass(group, height, columns), spec))
     rows.sort(key=lambda row: row[0])
     return Tiling(tuple(row[1] for row in rows), groups), tuple(row[2] for row in rows if row[2] is not None)
+
+
+def _scale_group(scheme: Scheme) -> int:
+    """Channels whose sums share a scale: 0 for all of a row, as with integer scales, which are in the codes by then."""
+    return 0 if scheme.integer_scales else scheme.group_size or 0
 
 
 def _stages(shape: Shape, scheme: Scheme, k: int) -> int:
