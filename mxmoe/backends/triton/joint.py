@@ -47,8 +47,8 @@ MOST_TOKENS = 16
 Tokens up to which banks run together whatever kernel multiplies them; beyond, where the divided one does both GEMMs.
 
 On an H200 that saves 20 to 25 us of a block of Qwen1.5-MoE with 1 to 16 tokens (`benchmarks/joined_banks.py`). Beyond,
-each has tiles of its own, and the compiler would give every class of the shared expert's tiles memory for itself in
-kernels that are not divided.
+each has tiles of its own, and where loading is not divided from multiplying, the compiler would give every class of the
+shared expert's tiles memory for itself.
 """
 MOST_ROWS = 1 << 18
 """Assignments up to which banks run together: more tokens are run in turns (`executable.MAX_ROWS`)."""
