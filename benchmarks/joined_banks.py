@@ -2,7 +2,8 @@
 Times a block's routed and shared bank in the same launches against one bank after the other, on one GPU.
 
 Experts of Qwen1.5-MoE's shape with random weights, compiled for `triton-sm90`; a call is everything from the routing's
-indices to both outputs, timed as a CUDA graph of ten calls, the mean of twenty replays. Both ways are compared first.
+indices to both outputs, timed as a CUDA graph of ten calls, the mean of twenty replays. Each way is compared with one
+bank after the other before; up to `joint.MOST_TOKENS` there is a third, joined launches of which none is divided.
 
     python benchmarks/joined_banks.py
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 import mxmoe
-from mxmoe.backends.triton import executable
+from mxmoe.backends.triton.joint import MOST_TOKENS
+from mxmoe.backends.triton.launch import reads_sorted
 
 SIZES: dict[str, Any] = {
     "hidden_size": 2048,
@@ -64,28 +67,38 @@ def time_us(run: Any, args: Sequence[Tensor]) -> float:  # noqa: ANN401  # an ex
     return start.elapsed_time(end) * 1e3 / (CALLS * REPLAYS)
 
 
-def compare(run: Any, tokens: int) -> dict[str, float]:  # noqa: ANN401
-    """Both ways over one routing."""
+def ways(run: Any, tokens: int) -> dict[str, Any]:  # noqa: ANN401
+    """Name every way to run a block: one bank after the other first."""
+    found = {"apart_us": replace(run, joint=None)}
+    if run.joins(tokens):
+        found["joined_us"] = run
+    if tokens <= MOST_TOKENS:
+        found["joined_whole_us"] = replace(run, joint=replace(run.joint, divides=False, chosen={}, constants={}))
+    return found
+
+
+def compare(run: Any, tokens: int) -> dict[str, Any]:  # noqa: ANN401
+    """All ways over one routing, and which of the joined GEMMs are divided."""
     experts, top_k = SIZES["num_experts"], SIZES["num_experts_per_tok"]
     hidden = torch.randn((tokens, SIZES["hidden_size"]), device="cuda", dtype=torch.bfloat16)
     index = torch.rand((tokens, experts), device="cuda").topk(top_k).indices
     args = (hidden, index, torch.rand((tokens, top_k), device="cuda").softmax(-1))
-    found: dict[str, float] = {}
-    made: list[dict[str, Tensor]] = []
-    for name, most in (("apart_us", 0), ("joined_us", tokens)):
-        executable.MOST_TOKENS = most
-        made.append(run.run_block(*args))
-        found[name] = round(time_us(run, args), 1)
-    for bank, apart in made[0].items():
-        error = float((made[1][bank] - apart).float().norm() / apart.float().norm())
-        assert error < MOST_ERROR, f"{bank} of {tokens} tokens is off by {error:.1e}"
+    found: dict[str, Any] = {"divided": [reads_sorted(config) for config in run.joint.configs(tokens, top_k)]}
+    apart: dict[str, Tensor] = {}
+    for name, way in ways(run, tokens).items():
+        made = way.run_block(*args)
+        apart = apart or made
+        for bank, meant in apart.items():
+            error = float((made[bank] - meant).float().norm() / meant.float().norm())
+            assert error < MOST_ERROR, f"{name}: {bank} of {tokens} tokens is off by {error:.1e}"
+        found[name] = round(time_us(way, args), 1)
     return found
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
-    parser.add_argument("--schemes", nargs="+", default=["w8a8_e4m3", "w4a8_g128_sym"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--schemes", nargs="+", default=["w8a8_e4m3", "w4a8_g128_sym", "bf16"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 32, 64, 128, 300, 512, 1024, 2048])
     args = parser.parse_args(argv)
     figures: dict[str, Any] = {"gpu": torch.cuda.get_device_name()}
     for scheme in args.schemes:

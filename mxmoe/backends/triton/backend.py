@@ -42,7 +42,7 @@ class Outline:
         rooms = [torch.zeros(sum(size), dtype=torch.uint8, device=self.device) for size in sizes]
         parts = zip(*(room.split(size) for room, size in zip(rooms, sizes, strict=True)), strict=True)
         made = {name: self.bank(found[name], part) for name, part in zip(JOINED, parts, strict=True)}
-        joint = Joint.of(made[JOINED[0]], made[JOINED[1]], rooms)
+        joint = Joint.of(made[JOINED[0]], made[JOINED[1]], rooms, found[JOINED[0]].top_k)
         return TritonExecutable(self.moe.block, self.moe.hidden, made, joint)
 
     def bank(self, bank: BankOps, rooms: Sequence[torch.device | Tensor]) -> Bank:

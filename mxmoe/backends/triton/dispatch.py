@@ -28,6 +28,8 @@ COLUMNS = 5
 """Numbers of a class in the constants: group, height, next lower height, shift of the tallest height, n_tiles."""
 MAX_SETS = 2
 """Tilings that one launch can build bands for: those of gate_up and of down."""
+BEYOND = 16
+"""Rows; those of always-on experts lie from a multiple on where they lie apart, aligned as the others are."""
 WALK = 4
 """
 Words of a tiling for programs that fetch tile after tile: tiles handed out, programs that are done, and two that keep
@@ -168,6 +170,11 @@ class Dispatch:
     def rows(self) -> int:
         """All rows, padding included."""
         return self.assignments + self.always * self.tokens
+
+    @property
+    def beyond(self) -> int:
+        """Rows of the routed experts before what always-on ones have between the GEMMs (`kernels.FIELDS`)."""
+        return pad_to(self.assignments, BEYOND)
 
     @property
     def expert_width(self) -> int:

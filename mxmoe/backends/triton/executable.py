@@ -11,7 +11,7 @@ from torch import Tensor
 from mxmoe.backends.routing import check_shapes
 from mxmoe.backends.triton.choose_ada import config_for
 from mxmoe.backends.triton.dispatch import Dispatch, Tables
-from mxmoe.backends.triton.joint import MOST_TOKENS, Joint
+from mxmoe.backends.triton.joint import MOST_ROWS, Joint
 from mxmoe.backends.triton.launch import (
     FUSED,
     Epilogue,
@@ -31,7 +31,7 @@ from mxmoe.backends.triton.tiles import Config, classes_of
 from mxmoe.errors import NoSuchBank, WrongDevice
 from mxmoe.quant import Packed, pack
 
-MAX_ROWS = 1 << 18
+MAX_ROWS = MOST_ROWS
 """Assignments that are run at once; more tokens are run in turns, which bounds the memory between the GEMMs."""
 
 
@@ -228,7 +228,7 @@ class TritonExecutable:
 
     def joins(self, tokens: int) -> bool:
         """Say whether `run_block` runs both banks of so many tokens in the same launches."""
-        return self.joint is not None and 0 < tokens <= MOST_TOKENS
+        return self.joint is not None and self.joint.takes(tokens, self.joint.top_k)
 
     @torch.no_grad()
     def run_block(
@@ -252,7 +252,7 @@ class TritonExecutable:
         """
         self._checked("routed", hidden, top_k_index, top_k_weights)
         shared = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if shared is None else shared
-        if self.joint is not None and self.joins(len(hidden)):
+        if self.joint is not None and self.joint.takes(*top_k_index.shape):
             routed = torch.empty_like(shared)
             args = (hidden.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous())
             self.joint.run(*args, routed, shared)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,13 +20,13 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mxmoe.backends.triton import kernels, kernels_hopper
-from mxmoe.backends.triton.dispatch import WALK, Tables
+from mxmoe.backends.triton.dispatch import WALK, Dispatch, Tables
 from mxmoe.backends.triton.kernels_hopper_ring import FIELDS
 from mxmoe.backends.triton.layout import ALIGN, KINDS, body_of
 from mxmoe.backends.triton.mode import interpreting, programs_at_once
 from mxmoe.backends.triton.operands import Epilogue, Matrices, Rows
 from mxmoe.backends.triton.rows import RowKind
-from mxmoe.backends.triton.tiles import DIVIDED_WARPS, Config, Gemm, Shape, classes_of
+from mxmoe.backends.triton.tiles import ALWAYS, DIVIDED_WARPS, Config, Gemm, Shape, classes_of
 from mxmoe.ir import Scheme
 
 WARPS = DIVIDED_WARPS
@@ -37,7 +38,7 @@ ENOUGH_ROWS = {"dense": 1.0, "nibbles": 4.0, "scaled": 4.0}
 LEAST_ROWS, MANY_ROWS = 2.0, 24.0
 """Rows of a mean active expert up to which tiles are the lowest, and beyond which those of dense weights are tall."""
 MOST_OPERANDS = 3
-"""Kinds of operands that a launch has room for."""
+"""Kinds of operands that a launch has room for, beside those of an expert that sees every token."""
 REGISTERS = 168
 """Of a thread at the start: 64 K by all warps. The loading warpgroup hands its own on to the others."""
 CHANNELS = 256
@@ -60,6 +61,8 @@ RINGS = {WIDE: WIDE, NARROW: NARROW, NIBBLES: NIBBLES, SCALED: WIDE, SCALED_LOW:
 """Body -> the one whose ring of buffers it uses, its own or another's."""
 STAGES = {WIDE: 4, NARROW: 8, NIBBLES: 8}
 """Buffers in flight of each ring: what shared memory holds."""
+WRITES, READS = 1, 2
+"""Whether what lies apart is written or read: `kernels_hopper_ring`."""
 
 Operands = tuple[str, int]
 """Body that weights lie for, and the place of the kind of rows among those of the GEMM."""
@@ -80,10 +83,11 @@ def config_for(gemm: Gemm, heights: Sequence[int] = HEIGHTS, *, is_narrow: bool 
     It does not where it has no body for a scheme, where operands are of more kinds than it has rings, or where a row is
     no whole 16 bytes.
     """
-    rows = {kind.dtype.itemsize * gemm.k for kind in gemm.row_kinds}
-    if gemm.always is not None or not all(map(fits, gemm.distinct)) or any(one % 16 for one in rows):
+    _, always_k = gemm.always or (gemm.n, gemm.k)
+    rows = {kind.dtype.itemsize * k for kind in gemm.row_kinds for k in (gemm.k, always_k)}
+    if not all(map(fits, gemm.distinct)) or any(one % 16 for one in rows):
         return None
-    if len({_operands_of(gemm, scheme) for scheme in gemm.distinct}) > MOST_OPERANDS:
+    if len(operands_of(gemm)) > MOST_OPERANDS:
         return None
     shapes = tuple((str(scheme), _shape(scheme, gemm, tuple(heights), is_narrow)) for scheme in gemm.distinct)
     return Config(WARPS, shapes, per_sm=1)
@@ -97,6 +101,15 @@ def by_rule(gemm: Gemm, rows: float) -> Config | None:
     if rows <= LEAST_ROWS:
         return config_for(gemm, HEIGHTS[:1])
     return config_for(gemm, HEIGHTS[2:] if rows > MANY_ROWS and "nibbles" not in bodies else HEIGHTS)
+
+
+def with_always(gemm: Gemm, config: Config, tokens: int) -> Config:
+    """Give the expert that sees every token tiles of its own: it has more rows than a mean active one."""
+    scheme = gemm.schemes[-1]
+    heights = HEIGHTS[:1] if tokens <= HEIGHTS[0] else HEIGHTS
+    if tokens > MANY_ROWS and body_of(scheme) != "nibbles":
+        heights = HEIGHTS[2:]
+    return replace(config, shapes=(*config.shapes, (ALWAYS, _shape(scheme, gemm, heights, False))))
 
 
 def candidates(gemm: Gemm) -> tuple[Config, ...]:
@@ -146,14 +159,18 @@ def run_hopper(
     programs = min(programs_at_once(out.device), dispatch.bands(which) * columns)
     if not programs or not dispatch.rows:
         return
+    assert gemm.always is None or matrices.bias is None, "biases of one size"
     none = rows.codes[0].new_empty(0, dtype=torch.float32)
+    always = Always.of(gemm, rows, dispatch, out)
     kernel: Any = kernels_hopper.divided_gemm
     start = partial(kernel.warmup, grid=(programs,)) if compile_only else kernel[(programs,)]
     start(
-        *_descriptors(gemm, rows, arena.data), arena.data, arena.base, none if matrices.bias is None else matrices.bias,
-        rows.scales, out, tables.words[dispatch.places[f"class_band{which}"][0] :],
+        *_descriptors(gemm, rows, always, arena.data), arena.data, arena.base,
+        none if matrices.bias is None else matrices.bias, (*rows.scales, always.scales) if always else rows.scales,
+        out, tables.words[dispatch.places[f"class_band{which}"][0] :],
         tables.words[dispatch.places[f"band_expert{which}"][0] :], dispatch.bands(which),
-        tables.table("walk")[WALK * which :], made,
+        tables.table("walk")[WALK * which :],
+        (tables.table("offsets")[dispatch.experts :], always.out) if always else None, made,
         num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
 
@@ -169,7 +186,7 @@ def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> list[tuple[A
     fields = [dict(zip(kernels.FIELDS, spec, strict=True)) for spec in specs]
     operands = operands_of(gemm)
     launch = (
-        *(gemm.n, gemm.k, len(gemm.schemes), config.grouping, int(gemm.gated), int(matrices.bias is not None)),
+        *(len(gemm.schemes), config.grouping, int(gemm.gated), int(matrices.bias is not None)),
         *(epilogue.act, *epilogue.pair),
     )
     rings = list(dict.fromkeys(_ring_of(field, gemm) for field in fields))
@@ -181,11 +198,16 @@ def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> list[tuple[A
         for place in mine:
             field = fields[place]
             body = KINDS[field["kind"]]
+            is_always = field["lead"] > 0
+            scales = len(gemm.row_kinds) if is_always else row_kind
+            held = MOST_OPERANDS if is_always else operands.index((body, row_kind))
+            columns = -(-field["n"] // _width_of(kind, gemm))
             made.append(
                 (
-                    *launch, _kind_of(field, gemm), field["height"], place, -(-gemm.n // _width_of(kind, gemm)),
-                    field["group"] if kind == NIBBLES else 0, row_kind, operands.index((body, row_kind)),
+                    field["n"], field["k"], *launch, _kind_of(field, gemm), field["height"], place, columns,
+                    field["group"] if kind == NIBBLES else 0, scales, held,
                     barrier, STAGES[kind], int(place == mine[-1] and ring != rings[-1]),
+                    (WRITES if gemm.gated else READS) if is_always else 0,
                 )
             )  # fmt: skip
         barrier += STAGES[kind]
@@ -193,8 +215,9 @@ def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> list[tuple[A
 
 
 def operands_of(gemm: Gemm) -> tuple[Operands, ...]:
-    """Kinds of operands of a GEMM, in order."""
-    return tuple(sorted({_operands_of(gemm, scheme) for scheme in gemm.distinct}))
+    """Kinds of operands of a GEMM, in order; an expert that sees every token has its own beside them."""
+    sorted_ones = gemm.schemes if gemm.always is None else gemm.schemes[:-1]
+    return tuple(sorted({_operands_of(gemm, scheme) for scheme in set(sorted_ones)}))
 
 
 def _kind_of(field: dict[str, int], gemm: Gemm) -> int:
@@ -221,29 +244,69 @@ def _layout(box: list[int], dtype: torch.dtype) -> Any:  # noqa: ANN401  # a cla
     return NVMMASharedLayout.get_default_for(box, _ELEMENTS[dtype])
 
 
-def _descriptors(gemm: Gemm, rows: Rows, data: Tensor) -> list[Any]:
+@dataclass(frozen=True, eq=False)
+class Always:
+    """
+    What the expert that sees every token reads and writes.
+
+    Its rows are sorted as the others' are but between the GEMMs: there they lie behind them, in the order of tokens.
+    """
+
+    operands: Operands
+    n: int
+    k: int
+    codes: Tensor
+    """Rows of its kind, [*, k]."""
+    scales: Tensor
+    out: Tensor
+    """[tokens, n], where it writes what lies between the GEMMs; else all that the launch writes."""
+
+    @classmethod
+    def of(cls, gemm: Gemm, rows: Rows, dispatch: Dispatch, out: Tensor) -> Always | None:
+        """Find them in a launch, None where there is no such expert: a gate precedes what lies between the GEMMs."""
+        if gemm.always is None:
+            return None
+        operands = _operands_of(gemm, gemm.schemes[-1])
+        codes, scales = rows.codes[operands[1]], rows.scales[operands[1]]
+        if gemm.gated:
+            return cls(operands, *gemm.always, codes, scales, _behind(out, dispatch, gemm.n, gemm.always[0]))
+        behind = _behind(codes, dispatch, gemm.k, gemm.always[1])
+        return cls(operands, *gemm.always, behind, scales[dispatch.beyond :], out)
+
+
+def _behind(held: Tensor, dispatch: Dispatch, width: int, own: int) -> Tensor:
+    """Rows [tokens, own] behind those of `width` numbers, sorted."""
+    return held.view(-1)[dispatch.beyond * width :][: dispatch.tokens * own].view(-1, own)
+
+
+def _descriptors(gemm: Gemm, rows: Rows, always: Always | None, data: Tensor) -> list[Any]:
     """Descriptors of each kind of operands, None beyond the last, and of the scales of groups."""
     made: list[Any] = []
     operands = operands_of(gemm)
-    for body, kind in operands:
-        codes = rows.codes[kind]
-        made += [_rows(codes, [tall, 128 // codes.itemsize]) for tall in (TALL_BOX, LOW_BOX)]
-        if body == "dense":
-            made += [_dense(gemm, data.view(codes.dtype), wide) for wide in (128, 64)]
-        else:
-            made += [_codes(data), _by_block(data, torch.uint8) if body == "scaled" else None]
+    for one in operands:
+        made += _operand_set(one, rows.codes[one[1]].view(-1, gemm.k), gemm.n, gemm.k, data)
     made += [None] * (4 * (MOST_OPERANDS - len(operands)))
-    has_scales = any(body == "nibbles" for body, _ in operands)
+    made += _operand_set(always.operands, always.codes, always.n, always.k, data) if always else [None] * 4
+    has_scales = any(body == "nibbles" for body, _ in (*operands, *([always.operands] if always else [])))
     return [*made, _by_block(data, torch.bfloat16) if has_scales else None]
+
+
+def _operand_set(operands: Operands, codes: Tensor, n: int, k: int, data: Tensor) -> list[Any]:
+    """Descriptors of rows [*, k], tall and low, and of weights, wide and narrow: or codes, and their multipliers."""
+    body, _ = operands
+    made = [_rows(codes, [tall, 128 // codes.itemsize]) for tall in (TALL_BOX, LOW_BOX)]
+    if body == "dense":
+        return [*made, *(_dense(n, k, data.view(codes.dtype), wide) for wide in (128, 64))]
+    return [*made, _codes(data), _by_block(data, torch.uint8) if body == "scaled" else None]
 
 
 def _rows(codes: Tensor, box: list[int]) -> Any:  # noqa: ANN401  # a class that Triton does not type
     return TensorDescriptor(codes, list(codes.shape), [codes.shape[1], 1], box, _layout(box, codes.dtype))
 
 
-def _dense(gemm: Gemm, weights: Tensor, wide: int) -> Any:  # noqa: ANN401
+def _dense(n: int, k: int, weights: Tensor, wide: int) -> Any:  # noqa: ANN401
     """Describe the arena as overlapping matrices [*, n, k], one from every ALIGN bytes on."""
-    n, k, size = gemm.n, gemm.k, weights.itemsize
+    size = weights.itemsize
     slots = -(-weights.numel() * size // ALIGN)
     box = [1, wide, 128 // size]
     return TensorDescriptor(weights, [slots, n, k], [ALIGN // size, k, 1], box, _layout(box, weights.dtype))

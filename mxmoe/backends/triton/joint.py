@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mxmoe.backends.triton import kernels_joint
 from mxmoe.backends.triton.choose_ada import config_for
-from mxmoe.backends.triton.dispatch import Dispatch, Tables, pad_to
+from mxmoe.backends.triton.dispatch import Dispatch, Tables
 from mxmoe.backends.triton.launch import (
     Epilogue,
     Matrices,
@@ -32,7 +32,7 @@ from mxmoe.backends.triton.launch import (
 from mxmoe.backends.triton.layout import Arena
 from mxmoe.backends.triton.mode import interpreting
 from mxmoe.backends.triton.rows import RowKind
-from mxmoe.backends.triton.tiles import Config, classes_of
+from mxmoe.backends.triton.tiles import Config, Gemm, classes_of
 
 if TYPE_CHECKING:
     from mxmoe.backends.triton.executable import Bank
@@ -44,13 +44,14 @@ JOINED = ("routed", "shared")
 """Banks that one set of launches may run, in the order of their lanes."""
 MOST_TOKENS = 16
 """
-Tokens up to which banks run together.
+Tokens up to which banks run together whatever kernel multiplies them; beyond, where the divided one does both GEMMs.
 
 On an H200 that saves 20 to 25 us of a block of Qwen1.5-MoE with 1 to 16 tokens (`benchmarks/joined_banks.py`). Beyond,
-each has tiles of its own, and the compiler would give every class of the shared expert's tiles memory for itself.
+each has tiles of its own, and where loading is not divided from multiplying, the compiler would give every class of the
+shared expert's tiles memory for itself.
 """
-BEYOND = 16
-"""Rows; the shared expert's begin at a multiple, aligned as the routed ones are (see `kernels.FIELDS`)."""
+MOST_ROWS = 1 << 18
+"""Assignments up to which banks run together: more tokens are run in turns (`executable.MAX_ROWS`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,18 +67,24 @@ class Joint:
     """Channels of the Hadamard blocks that it is turned by."""
     between: Callable[[torch.dtype], torch.dtype]
     """Type of the tokens -> type in which it waits."""
+    top_k: int
+    """Of the router."""
+    divides: bool = True
+    """Whether launches may take the divided kernel, where there is one."""
+    chosen: dict[tuple[int, int], tuple[Config, Config]] = field(default_factory=dict)
+    """Tiles of both GEMMs, by tokens and top_k."""
     constants: dict[tuple[int, int, tuple[Config, ...]], Tensor] = field(default_factory=dict)
     """What the schedule's kernels read, by tokens, top_k and configs: uploaded once."""
 
     @classmethod
-    def of(cls, routed: Bank, shared: Bank, rooms: Sequence[Tensor]) -> Joint:
+    def of(cls, routed: Bank, shared: Bank, rooms: Sequence[Tensor], top_k: int) -> Joint:
         """Join two banks whose matrices lie one behind the other in `rooms`, of the GEMM in and of the GEMM out."""
         pairs = zip(routed.gemms, shared.gemms, rooms, strict=True)
         entry, down = (_joined(one, other, room) for one, other, room in pairs)
         kinds = (routed.down.gemm.row_kinds, shared.down.gemm.row_kinds)
         epilogue = Epilogue(routed.act, tuple(routed.act_params.values()))
         finer = shared if any(kind.format == "fp16" for kind in kinds[1]) else routed
-        return cls(entry, down, epilogue, kinds, (routed.turn, shared.turn), finer.between)
+        return cls(entry, down, epilogue, kinds, (routed.turn, shared.turn), finer.between, top_k)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -85,6 +92,27 @@ class Joint:
         always = self.down.gemm.always
         assert always is not None, "joined"
         return self.down.gemm.k, always[1]
+
+    def takes(self, tokens: int, top_k: int) -> bool:
+        """Say whether both banks of so many tokens run in the same launches."""
+        if not 0 < tokens * top_k <= MOST_ROWS:
+            return False
+        return tokens <= MOST_TOKENS or all(map(reads_sorted, self.configs(tokens, top_k)))
+
+    def configs(self, tokens: int, top_k: int) -> tuple[Config, Config]:
+        """Choose the tiles of both GEMMs; the shared expert's are its own where the kernel is divided."""
+        key = (tokens, top_k)
+        if key not in self.chosen:
+            self.chosen[key] = (self._config(self.entry.gemm, *key), self._config(self.down.gemm, *key))
+        return self.chosen[key]
+
+    def _config(self, gemm: Gemm, tokens: int, top_k: int) -> Config:
+        config = config_for(gemm, tokens, top_k, self.down.arena.data.device, is_plain=not self.divides)
+        if not reads_sorted(config):
+            return config
+        from mxmoe.backends.triton import hopper  # its kernels are no Python that the interpreter runs
+
+        return hopper.with_always(gemm, config, tokens)
 
     def run(self, hidden: Tensor, index: Tensor, weights: Tensor, routed: Tensor, shared: Tensor) -> None:
         """
@@ -98,12 +126,11 @@ class Joint:
             shared: [tokens, hidden] to write.
         """
         tokens, top_k = index.shape
-        configs = tuple(config_for(one.gemm, tokens, top_k, hidden.device) for one in (self.entry, self.down))
+        configs = self.configs(tokens, top_k)
         tables = self.tables(tokens, top_k, configs)
         narrow, wide = self.widths
-        beyond = pad_to(tokens * top_k, BEYOND)
         dtype = self.between(hidden.dtype)
-        act = hidden.new_empty((1, beyond + tokens * (wide // narrow), narrow), dtype=dtype)
+        act = hidden.new_empty((1, tables.dispatch.beyond + tokens * (wide // narrow), narrow), dtype=dtype)
         is_sorted = reads_sorted(configs[0])
         read = begin(tables, index, hidden, self.entry.gemm.row_kinds, is_sorted=is_sorted)
         run_gemm(self.entry, configs[0], read, tables, 0, act, self.epilogue, gather=not is_sorted)
@@ -132,7 +159,7 @@ class Joint:
     def _down_rows(self, act: Tensor, dispatch: Dispatch) -> Rows:
         """Bring what lies between the GEMMs into the kinds of rows that down multiplies: routed rows, then shared."""
         counts = (dispatch.assignments, dispatch.tokens)
-        beyond = pad_to(counts[0], BEYOND)
+        beyond = dispatch.beyond
         none = torch.empty(0, dtype=torch.float32, device=act.device)
         codes, scales = dict[RowKind, Tensor](), dict[RowKind, Tensor]()
         parts: tuple[list[tuple[RowKind, Tensor, Tensor]], ...] = ([], [])

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from mxmoe.backends.triton.kernels_hopper_dense import load_dense, multiply_low, multiply_tall
 from mxmoe.backends.triton.kernels_hopper_nibbles import load_nibbles, multiply_nibbles
 from mxmoe.backends.triton.kernels_hopper_ring import (
+    APART,
     COLUMNS,
     FIRST,
     HEIGHT,
@@ -30,6 +31,7 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     NARROW,
     NIBBLES,
     POSTS,
+    READS,
     RING,
     ROWS,
     SCALED,
@@ -37,6 +39,8 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     STAGES,
     TALL_BOX,
     WIDE,
+    WRITES,
+    N,
     bands_of,
     next_buffer,
     run,
@@ -56,26 +60,27 @@ def _drain(empty: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr) ->
 @gluon.jit
 def _load_run(
     tall: gl.tuple, low: gl.tuple, wide: gl.tuple, narrow: gl.tuple, metas: gl.tensor, tables: gl.tuple,
-    ring: gl.tuple, post: gl.tuple, before: gl.tensor, tile: gl.tensor, turn: gl.tensor, s: gl.tensor, phase: gl.tensor,
-    S: gl.constexpr,
+    ring: gl.tuple, post: gl.tuple, always: gl.tuple, before: gl.tensor, tile: gl.tensor, turn: gl.tensor, s: gl.tensor,
+    phase: gl.tensor, S: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """Fill a ring for this program's tiles of a run; what `_load` needs for the next run."""
     first, count = bands_of(tables[1], S)
     last = count * S[COLUMNS]
     xd = tall[S[RING]] if S[HEIGHT] >= TALL_BOX else low[S[RING]]
     wd = narrow[S[RING]] if S[KIND] == NARROW else wide[S[RING]]
+    shift = gl.load(always[0]) if S[APART] == READS else 0
     if tile < last:
         if S[KIND] == NIBBLES:
             tile, turn, s, phase = load_nibbles(
-                xd, wd, metas, tables, ring, post, first, count, before, tile, turn, s, phase, S
+                xd, wd, metas, tables, ring, post, first, count, shift, before, tile, turn, s, phase, S
             )
         elif S[KIND] == SCALED or S[KIND] == SCALED_LOW:
             tile, turn, s, phase = load_scaled(
-                xd, wd, narrow[S[RING]], tables, ring, post, first, count, before, tile, turn, s, phase, S
+                xd, wd, narrow[S[RING]], tables, ring, post, first, count, shift, before, tile, turn, s, phase, S
             )
         else:
             tile, turn, s, phase = load_dense(
-                xd, wd, tables, ring, post, first, count, before, tile, turn, s, phase, S
+                xd, wd, tables, ring, post, first, count, shift, before, tile, turn, s, phase, S
             )  # fmt: skip
     if S[LEAVES]:
         _drain(ring[4], s, phase, S)
@@ -87,7 +92,7 @@ def _load_run(
 @gluon.jit
 def _load(
     tall: gl.tuple, low: gl.tuple, wide: gl.tuple, narrow: gl.tuple, metas: gl.tensor, tables: gl.tuple,
-    ring: gl.tuple, post: gl.tuple, RUNS: gl.constexpr,
+    ring: gl.tuple, post: gl.tuple, always: gl.tuple, RUNS: gl.constexpr,
 ) -> None:  # fmt: skip
     """Fill the rings for all tiles of this program; the last program that does leaves the counters as they were."""
     before = gl.to_tensor(0)
@@ -97,7 +102,7 @@ def _load(
     phase = gl.to_tensor(1)
     for i in gl.static_range(len(RUNS)):
         before, tile, turn, s, phase = _load_run(
-            tall, low, wide, narrow, metas, tables, ring, post, before, tile, turn, s, phase, run(RUNS, i)
+            tall, low, wide, narrow, metas, tables, ring, post, always, before, tile, turn, s, phase, run(RUNS, i)
         )
     walk_ptr = tables[4]
     if gl.atomic_add(walk_ptr + 1, 1, sem="relaxed") == gl.num_programs(0) - 1:
@@ -108,14 +113,19 @@ def _load(
 @gluon.jit
 def _multiply_run(
     tall: gl.tuple, low: gl.tuple, wide: gl.tuple, arena: gl.tensor, bias_ptr: gl.tensor, x_scales: gl.tuple,
-    y_ptr: gl.tensor, tables: gl.tuple, ring: gl.tuple, post: gl.tuple, before: gl.tensor, tile: gl.tensor,
-    turn: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr, WG: gl.constexpr,
+    y_ptr: gl.tensor, tables: gl.tuple, ring: gl.tuple, post: gl.tuple, always: gl.tuple, before: gl.tensor,
+    tile: gl.tensor, turn: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr, WG: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """Multiply one warpgroup's part of this program's tiles of a run; what `_multiply` needs for the next run."""
     first, count = bands_of(tables[1], S)
     last = count * S[COLUMNS]
     xd = tall[S[RING]] if S[HEIGHT] >= TALL_BOX else low[S[RING]]
     x_scale = x_scales[S[ROWS]]
+    # bodies count sorted rows, and these begin where the expert's first one lies
+    if S[APART] == READS:
+        x_scale = x_scale - gl.load(always[0])
+    if S[APART] == WRITES:
+        y_ptr = always[1] - gl.load(always[0]).to(gl.int64) * S[N]
     if tile < last:
         if S[KIND] == NIBBLES:
             tile, turn, s, phase = multiply_nibbles(
@@ -146,7 +156,8 @@ def _multiply_run(
 @gluon.jit
 def _multiply(
     tall: gl.tuple, low: gl.tuple, wide: gl.tuple, arena: gl.tensor, bias_ptr: gl.tensor, x_scales: gl.tuple,
-    y_ptr: gl.tensor, tables: gl.tuple, ring: gl.tuple, post: gl.tuple, RUNS: gl.constexpr, WG: gl.constexpr,
+    y_ptr: gl.tensor, tables: gl.tuple, ring: gl.tuple, post: gl.tuple, always: gl.tuple, RUNS: gl.constexpr,
+    WG: gl.constexpr,
 ) -> None:  # fmt: skip
     """Multiply one warpgroup's part of all tiles of this program."""
     before = gl.to_tensor(0)
@@ -156,8 +167,8 @@ def _multiply(
     phase = gl.to_tensor(0)
     for i in gl.static_range(len(RUNS)):
         before, tile, turn, s, phase = _multiply_run(
-            tall, low, wide, arena, bias_ptr, x_scales, y_ptr, tables, ring, post, before, tile, turn, s, phase,
-            run(RUNS, i), WG,
+            tall, low, wide, arena, bias_ptr, x_scales, y_ptr, tables, ring, post, always, before, tile, turn, s,
+            phase, run(RUNS, i), WG,
         )  # fmt: skip
 
 
@@ -177,9 +188,10 @@ def _post() -> gl.tuple:
 def divided_gemm(
     tall0: gl.tensor, low0: gl.tensor, wide0: gl.tensor, narrow0: gl.tensor, tall1: gl.tensor, low1: gl.tensor,
     wide1: gl.tensor, narrow1: gl.tensor, tall2: gl.tensor, low2: gl.tensor, wide2: gl.tensor, narrow2: gl.tensor,
+    tall3: gl.tensor, low3: gl.tensor, wide3: gl.tensor, narrow3: gl.tensor,
     metas: gl.tensor, arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor, x_scales: gl.tuple,
     y_ptr: gl.tensor, ends_ptr: gl.tensor, band_ptr: gl.tensor, bands: gl.tensor, walk_ptr: gl.tensor,
-    RUNS: gl.constexpr,
+    always: gl.tuple, RUNS: gl.constexpr,
 ) -> None:  # fmt: skip
     """
     y[sorted row] = act(W_expert x[sorted row]) for every tile of the runs, each written once.
@@ -191,7 +203,8 @@ def divided_gemm(
     boxes of one row; `arena` bytes;
     `base_ptr` int64 [matrices, lanes, 3]; `bias_ptr` float32 [matrices, lanes, n]; `x_scales` float32 by sorted row,
     for each kind of rows; `y_ptr` [rows, n]; the tables of the schedule, of
-    which `walk_ptr` two counters; `RUNS` as `kernels_hopper_ring.FIELDS`.
+    which `walk_ptr` two counters; `RUNS` as `kernels_hopper_ring.FIELDS`. An expert that sees every token has the last
+    descriptors and scales, and `always`: its first sorted row, and [tokens, its n] where its results are `apart`.
     """
     LAST: gl.constexpr = run(RUNS, -1)
     BARRIERS: gl.constexpr = LAST[FIRST] + LAST[STAGES]
@@ -204,18 +217,18 @@ def divided_gemm(
     for i in gl.static_range(BARRIERS):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    tall = (tall0, tall1, tall2)
-    low = (low0, low1, low2)
-    wide = (wide0, wide1, wide2)
-    narrow = (narrow0, narrow1, narrow2)
+    tall = (tall0, tall1, tall2, tall3)
+    low = (low0, low1, low2, low3)
+    wide = (wide0, wide1, wide2, wide3)
+    narrow = (narrow0, narrow1, narrow2, narrow3)
     tables = (base_ptr, ends_ptr, band_ptr, bands, walk_ptr)
     ring = (small, big, ss, full, empty)
     post = _post()
     gl.warp_specialize(
         [
-            (_multiply, (tall, low, wide, arena, bias_ptr, x_scales, y_ptr, tables, ring, post, RUNS, 0)),
-            (_multiply, (tall, low, wide, arena, bias_ptr, x_scales, y_ptr, tables, ring, post, RUNS, 1)),
-            (_load, (tall, low, wide, narrow, metas, tables, ring, post, RUNS)),
+            (_multiply, (tall, low, wide, arena, bias_ptr, x_scales, y_ptr, tables, ring, post, always, RUNS, 0)),
+            (_multiply, (tall, low, wide, arena, bias_ptr, x_scales, y_ptr, tables, ring, post, always, RUNS, 1)),
+            (_load, (tall, low, wide, narrow, metas, tables, ring, post, always, RUNS)),
         ],
         [4, 1],
         [240, 24],

@@ -41,9 +41,10 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
 @gluon.jit
 def load_dense(
     xd: gl.tensor, wd: gl.tensor, tables: gl.tuple, ring: gl.tuple, post: gl.tuple, first: gl.tensor, count: gl.tensor,
-    before: gl.tensor, tile: gl.tensor, turn: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr,
+    shift: gl.tensor, before: gl.tensor, tile: gl.tensor, turn: gl.tensor, s: gl.tensor, phase: gl.tensor,
+    S: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """Fill the ring: in each step the rows of a tile and two squares of weights, 128 bytes of k."""
+    """Fill the ring: in each step the rows of a tile, from `shift` on, and two squares of weights, 128 bytes of k."""
     base_ptr, _, band_ptr, bands, walk_ptr = tables
     small, big, _, full, empty = ring
     BYTES: gl.constexpr = xd.dtype.primitive_bitwidth // 8
@@ -59,7 +60,7 @@ def load_dense(
     while tile < last:
         tile = fetch(walk_ptr, post, turn) - before
         turn += 1
-        from_row = row
+        from_row = row - shift
         n0 = column * (SQUARE if S[GATED] else 2 * SQUARE)
         n1 = n0 if S[GATED] else n0 + SQUARE
         slot0 = (at // 256).to(gl.int32)

@@ -68,10 +68,10 @@ def codes_in(small: gl.tensor, wd: gl.tensor, S: gl.constexpr) -> gl.tensor:
 @gluon.jit
 def load_nibbles(
     xd: gl.tensor, wd: gl.tensor, sd: gl.tensor, tables: gl.tuple, ring: gl.tuple, post: gl.tuple,
-    first: gl.tensor, count: gl.tensor, before: gl.tensor, tile: gl.tensor, turn: gl.tensor, s: gl.tensor,
-    phase: gl.tensor, S: gl.constexpr,
+    first: gl.tensor, count: gl.tensor, shift: gl.tensor, before: gl.tensor, tile: gl.tensor, turn: gl.tensor,
+    s: gl.tensor, phase: gl.tensor, S: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """Fill the ring: in each step a unit of two blocks of weights, its scales, and its rows."""
+    """Fill the ring: in each step a unit of two blocks of weights, its scales, and its rows, from `shift` on."""
     base_ptr, _, band_ptr, bands, walk_ptr = tables
     small, big, ss, full, empty = ring
     UNITS: gl.constexpr = (S[K] + 127) // 128
@@ -88,7 +88,7 @@ def load_nibbles(
     while tile < last:
         tile = fetch(walk_ptr, post, turn) - before
         turn += 1
-        from_row = row
+        from_row = row - shift
         b0 = column * (1 if S[GATED] else 2)
         b1 = b0 if S[GATED] else gl.minimum(b0 + 1, BLOCKS - 1)
         w0 = (at // 128).to(gl.int32) + b0 * (UNITS * 32)

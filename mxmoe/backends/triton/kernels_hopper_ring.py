@@ -20,12 +20,14 @@ from mxmoe.backends.triton.kernels import act
 FIELDS = (
     *("n", "k", "lanes", "grouping", "gated", "bias", "act", "p", "q"),
     *("kind", "height", "place", "columns", "group", "rows", "ring", "first_barrier", "stages", "leaves"),
+    "apart",
 )
 """
 What a run is compiled for. The launch: matrix, experts, bands that share columns, whether there are two matrices and a
 bias, the nonlinearity with its two numbers. The run: which body, rows of a tile, place of its class, tiles of
 a band, channels of a group (0: none), kind of rows, ring of buffers, the ring's first barrier, its buffers, and whether
-the next run uses the memory for another ring.
+the next run uses the memory for another ring. An expert of its own size, which sees every token, has a matrix, rows and
+operands of its own, and its rows are `apart` between the GEMMs: in the order of tokens, where they are written or read.
 """
 N = gl.constexpr(0)
 K = gl.constexpr(1)
@@ -46,6 +48,7 @@ RING = gl.constexpr(15)
 FIRST = gl.constexpr(16)
 STAGES = gl.constexpr(17)
 LEAVES = gl.constexpr(18)
+APART = gl.constexpr(19)
 
 STEP = gl.constexpr(128)
 """Bytes of a row in a step of dense weights; channels of a step of 4-bit ones."""
@@ -60,6 +63,8 @@ NIBBLES = gl.constexpr(2)
 SCALED = gl.constexpr(3)
 SCALED_LOW = gl.constexpr(4)
 """Bodies: dense weights in tall tiles and in low ones, 4-bit weights, and those with integer scales like dense ones."""
+WRITES, READS = gl.constexpr(1), gl.constexpr(2)
+"""Of rows that are `apart`; 0: all that a run reads and writes is sorted."""
 POSTS = gl.constexpr(4)
 """Numbers of tiles that may be on their way to the warpgroups."""
 SLOT = gl.constexpr(256)

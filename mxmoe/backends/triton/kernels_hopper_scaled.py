@@ -80,10 +80,10 @@ def _blocks_of(column: gl.tensor, EACH: gl.constexpr, S: gl.constexpr) -> gl.ten
 @gluon.jit
 def load_scaled(
     xd: gl.tensor, wd: gl.tensor, md: gl.tensor, tables: gl.tuple, ring: gl.tuple, post: gl.tuple,
-    first: gl.tensor, count: gl.tensor, before: gl.tensor, tile: gl.tensor, turn: gl.tensor, s: gl.tensor,
-    phase: gl.tensor, S: gl.constexpr,
+    first: gl.tensor, count: gl.tensor, shift: gl.tensor, before: gl.tensor, tile: gl.tensor, turn: gl.tensor,
+    s: gl.tensor, phase: gl.tensor, S: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """Fill the ring: in each step the rows of a tile, and of both halves blocks of codes and their multipliers."""
+    """Fill the ring: in each step a tile's rows, from `shift` on, and both halves' codes and their multipliers."""
     base_ptr, _, band_ptr, bands, walk_ptr = tables
     small, big, ss, full, empty = ring
     UNITS: gl.constexpr = (S[K] + STEP - 1) // STEP
@@ -104,7 +104,7 @@ def load_scaled(
     while tile < last:
         tile = fetch(walk_ptr, post, turn) - before
         turn += 1
-        from_row = row
+        from_row = row - shift
         b0, b1 = _blocks_of(column, EACH, S)
         w0 = (at // 128).to(gl.int32)
         w1 = (beside // 128).to(gl.int32)

@@ -14,6 +14,8 @@ HEIGHTS = (16, 32, 64, 128, 256)
 """Rows of a tile that the kernels are made for."""
 DIVIDED_WARPS = 12
 """Warps of a program that divides loading and multiplying between them (`hopper.py`); no other config has as many."""
+ALWAYS = "always"
+"""In place of a scheme: tiles of an expert that sees every token."""
 WIDTHS = (64, 128, 256)
 """Output channels of a tile, of each of the matrices where there are two."""
 
@@ -75,7 +77,7 @@ class Config:
     warps: int
     """Warps of a program, for all its bodies."""
     shapes: tuple[tuple[str, Shape], ...]
-    """(scheme, its tiles), each scheme once."""
+    """(scheme, its tiles), each scheme once; last, where it has tiles of its own, `ALWAYS` and those."""
     per_sm: int = 0
     """Programs for each SM, which walk the tiles; 0 starts one program for each tile that there may be."""
     grouping: int = 8
@@ -86,6 +88,10 @@ class Config:
     def shape(self, scheme: Scheme) -> Shape:
         """Tiles of a scheme."""
         return next(shape for name, shape in self.shapes if name == str(scheme))
+
+    def shape_of_always(self, scheme: Scheme) -> Shape:
+        """Tiles of an expert that sees every token: its own, or those of its scheme."""
+        return dict(self.shapes).get(ALWAYS) or self.shape(scheme)
 
     def whole(self) -> Config:
         """Give the same without parts of k, for a GEMM whose reader wants whole sums."""
@@ -137,7 +143,7 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
         groups += (len(sizes),)
         sizes.append((gemm.schemes[-1], *gemm.always, gemm.k))
     for group, (scheme, n, k, lead) in enumerate(sizes):
-        shape = config.shape(scheme)
+        shape = config.shape_of_always(scheme) if lead else config.shape(scheme)
         columns = -(-n // shape.width) * shape.parts
         for height in shape.heights:
             if scheme in gemm.apart:

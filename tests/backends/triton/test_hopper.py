@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 
 import pytest
@@ -76,6 +77,56 @@ def test_a_ring_is_left_before_its_memory_is_another(names: list[str], tall: tup
     assert not runs[-1]["leaves"]
 
 
+@given(st.sampled_from(DENSE + NIBBLES), st.sampled_from(DENSE + NIBBLES), st.booleans(), heights, st.integers(1, 300))
+@settings(max_examples=50, deadline=None)
+def test_an_expert_that_sees_every_token_has_runs_of_its_own(
+    name: str, other: str, gated: bool, tall: tuple[int, ...], tokens: int
+) -> None:
+    own = (1280, 512) if gated else (256, 2560)
+    gemm = replace(gemm_of((name, name, other), gated=gated), always=own)
+    config = hopper.config_for(gemm, tall)
+    assert config is not None
+    config = hopper.with_always(gemm, config, tokens)
+    matrices = Matrices(gemm, allocate_arena(256, 512, gemm.schemes, 1 + gated, "cpu"), None)
+    runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper.runs(matrices, config, Epilogue())]
+    tiling, _ = classes_of(gemm, config)
+    assert sorted(run["place"] for run in runs) == list(range(len(tiling.classes)))
+    for run in runs:
+        one = tiling.classes[run["place"]]
+        assert run["height"] == one.height
+        is_always = one.group == tiling.group[-1]
+        assert (run["n"], run["k"]) == (own if is_always else (256, 512))
+        assert run["ring"] == (hopper.MOST_OPERANDS if is_always else 0)
+        assert run["rows"] == (len(gemm.row_kinds) if is_always else gemm.row_kinds.index(RowKind.of(gemm.schemes[0])))
+        assert run["apart"] == ((hopper.WRITES if gated else hopper.READS) if is_always else 0)
+        wide = 128 if run["kind"] in (hopper.NARROW, hopper.NIBBLES) else 256
+        assert run["columns"] == -(-run["n"] * (1 + gated) // wide)
+    assert {one.height for one in tiling.classes if one.group == 0} == set(tall)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_rows_and_results_of_an_expert_that_sees_every_token_lie_behind_the_others(gated: bool) -> None:
+    tokens, top_k, n, k = 5, 2, 64, 32
+    gemm = Gemm(n, k, tuple(map(Scheme.parse, ("w8a8_sym", "bf16"))), gated, (3 * n, k) if gated else (n, 3 * k))
+    config = hopper.config_for(gemm)
+    assert config is not None
+    dispatch = Dispatch(1, top_k, tokens, (classes_of(gemm, config)[0],), always=1)
+    assert dispatch.beyond == 16
+    width, behind = (n, 3 * n) if gated else (k, 3 * k)
+    flat = torch.arange(dispatch.beyond * width + tokens * behind)
+    plain = torch.zeros((dispatch.rows, k if gated else n))
+    scales = torch.arange(100.0)
+    rows = Rows((plain, plain), (scales, scales)) if gated else Rows((flat, flat), (scales, scales))
+    found = hopper.Always.of(gemm, rows, dispatch, flat.view(1, -1, n) if gated else plain[None])
+    assert found is not None
+    assert (found.n, found.k) == gemm.always
+    last = flat[-tokens * behind :].view(tokens, behind)
+    assert torch.equal(found.out if gated else found.codes, last)
+    assert len(found.codes if gated else found.out[0]) == dispatch.rows
+    assert found.scales[0] == (0 if gated else dispatch.beyond)
+    assert hopper.Always.of(replace(gemm, always=None), rows, dispatch, plain[None]) is None
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_schemes_without_a_kernel_have_no_config(name: str) -> None:
     assert hopper.config_for(gemm_of(("bf16", name))) is None
@@ -84,6 +135,7 @@ def test_schemes_without_a_kernel_have_no_config(name: str) -> None:
 def test_rows_of_no_whole_16_bytes_have_no_config() -> None:
     assert hopper.config_for(gemm_of(("w8a8_sym",), k=520)) is None
     assert hopper.config_for(gemm_of(("bf16",), k=520)) is not None
+    assert hopper.config_for(replace(gemm_of(("w8a8_sym",)), always=(256, 520))) is None
 
 
 def test_only_launches_that_the_kernels_compute_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

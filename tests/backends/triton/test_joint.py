@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,18 +18,16 @@ import mxmoe
 from mxmoe.backends.eager import EagerBackend
 from mxmoe.backends.triton import TritonBackend
 from mxmoe.backends.triton.mode import choose_mode
-from mxmoe.ir import BankShape, BlockShape, ModuleOp, Scheme, Table, banks, moe_ops, rotations
-from mxmoe.passes import Environment, LowerToGroupGemm
+from mxmoe.ir import ModuleOp, banks, moe_ops
 from mxmoe.quant import Weights, pack
-from mxmoe.target import Executable
-from mxmoe.testing import at_stage, random_weights
 
-from .small_blocks import DEVICE, DTYPES
+from .joined_blocks import EXPERTS, HIDDEN, TOP_K, apart, draw, far, make
+from .small_blocks import DEVICE
 
 pytest.importorskip("triton")
 choose_mode()  # before a kernel is decorated
 
-from mxmoe.backends.triton import executable  # noqa: E402  # as above
+from mxmoe.backends.triton import choose_ada, joint  # noqa: E402  # as above
 from mxmoe.backends.triton.backend import can_join  # noqa: E402
 from mxmoe.backends.triton.executable import TritonExecutable  # noqa: E402
 from mxmoe.backends.triton.joint import JOINED, MOST_TOKENS, Joint  # noqa: E402
@@ -38,7 +35,6 @@ from mxmoe.backends.triton.joint import JOINED, MOST_TOKENS, Joint  # noqa: E402
 # rows of padding hold anything, and numpy says so where kernels are interpreted
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-HIDDEN, EXPERTS, TOP_K = 128, 4, 2
 SETS = (
     ("bf16",),
     ("w8a8_sym",),
@@ -51,65 +47,11 @@ SETS = (
 )
 
 
-def make(
-    schemes: Sequence[str], *, wide: int = 384, narrow: int = 128, dtype: str = "bf16", turns: tuple[int, int] = (0, 0),
-    act: tuple[str, str] = ("silu", "silu"), has_bias: bool = False, is_tied: bool = True, seed: int = 0,
-) -> tuple[ModuleOp, Weights]:  # fmt: skip
-    """Draw a block of two banks; the shared expert takes the last scheme, the routed ones take turns."""
-    shapes: list[BankShape] = []
-    for name, experts, top_k, width, kind in (
-        ("routed", EXPERTS, TOP_K, narrow, act[0]),
-        ("shared", 1, 1, wide, act[1]),
-    ):
-        names = {role: f"mlp.{name}.{role}" for role in ("gate", "up", "down")}
-        biases = {role: f"{one}.bias" for role, one in names.items()} if has_bias else {}
-        shapes.append(BankShape(name, experts, top_k, width, kind, True, names, biases))  # pyright: ignore
-    block = BlockShape("mlp", HIDDEN, tuple(shapes), dtype)  # pyright: ignore[reportArgumentType]
-    module = at_stage([block], "allocated", [Scheme.parse(one) for one in schemes], seed)
-    for moe in moe_ops(module):
-        for name, turn in zip(("routed", "shared"), turns, strict=True):
-            bank = banks(moe)[name]
-            bank.act.hadamard = turn
-            for role, op in bank.linears.items():
-                first = len(schemes) - 1 if name == "shared" else int(role == "down" or (role == "up" and not is_tied))
-                chosen = (np.arange(bank.experts) + first) % len(schemes)
-                op.set_table("choice", Table(("expert",), chosen.astype(np.int8)))
-    LowerToGroupGemm().run(module, Environment())
-    module.verify()
-    return module, random_weights([block], seed).rotated(rotations(module))
-
-
-def draw(tokens: int, dtype: str = "bf16", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, some with outliers; distinct experts, or padding for about one choice of five; weights."""
-    random = torch.Generator().manual_seed(seed)
-    hidden = torch.randn((tokens, HIDDEN), generator=random)
-    hidden[:, seed % HIDDEN] *= 20
-    index = torch.rand((tokens, EXPERTS), generator=random).argsort(dim=1)[:, :TOP_K]
-    index[torch.rand((tokens, TOP_K), generator=random) < 0.2] = EXPERTS
-    weights = torch.rand((tokens, TOP_K), generator=random)
-    return hidden.to(DTYPES[dtype]).to(DEVICE), index.contiguous().to(DEVICE), weights.to(DEVICE)
-
-
 def compiled(module: ModuleOp, weights: Weights) -> TritonExecutable:
     """Compile the one block."""
     made = TritonBackend("89").compile(module, weights)["mlp"]
     assert isinstance(made, TritonExecutable)
     return made
-
-
-def apart(made: Executable, hidden: Tensor, index: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Both banks, one by one."""
-    alone = torch.zeros((len(hidden), 1), dtype=torch.int64, device=hidden.device)
-    one = torch.ones((len(hidden), 1), device=hidden.device)
-    return {
-        "routed": made("routed", hidden, index, weights),
-        "shared": made("shared", hidden, alone, one),
-    }
-
-
-def far(one: Tensor, other: Tensor) -> float:
-    """Distance, relative to the second."""
-    return float((one.float() - other.float()).norm() / other.float().norm().clamp(min=1e-20))
 
 
 @pytest.mark.parametrize("schemes", SETS, ids="+".join)
@@ -173,7 +115,8 @@ def test_many_tokens_run_one_bank_after_the_other(monkeypatch: pytest.MonkeyPatc
     module, weights = make(("bf16",))
     made = compiled(module, weights)
     args = draw(9)
-    monkeypatch.setattr(executable, "MOST_TOKENS", 8)
+    monkeypatch.setattr(joint, "MOST_TOKENS", 8)
+    monkeypatch.setattr(choose_ada, "_divides", lambda _device: False)
     both, each = made.run_block(*args), apart(made, *args)
     for name in JOINED:
         assert torch.equal(both[name], each[name])
