@@ -61,7 +61,14 @@ def test_none_are_carried_where_none_are_wanted(block: nn.Module) -> None:
     assert without.kernels == {}
     assert without.report().runs == f"is {NOTICE}"
     assert compiled(block, "numba").report().runs == ""
-    assert compiled(block, "triton-sm90", schemes="w8a8_sym").kernels == {}, "an H200 has measured tiles"
+    assert compiled(block, "triton-sm90", schemes="w8a8_sym").kernels == {}, "only when asked"
+
+
+def test_for_a_hopper_the_divided_kernel_is_carried(block: nn.Module) -> None:
+    made = compiled(block, "triton-sm90", schemes="w8a8_sym", carry=[40])
+    assert "divided_gemm" in {kernel.name for kernel in made.kernels.values()}
+    assert {(kernel.arch, kernel.facts().arch) for kernel in made.kernels.values()} == {(90, 90)}
+    assert f"carries {len(made.kernels)} kernels for sm_90" in repr(made)
 
 
 def test_a_model_has_them_too() -> None:

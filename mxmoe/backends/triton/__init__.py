@@ -107,7 +107,7 @@ class TritonBackend:
 
     @property
     def carries(self) -> bool:
-        """See `mxmoe.target.CompilesAhead`. On a Hopper tiles are measured ones, which are not known elsewhere."""
+        """See `mxmoe.target.CompilesAhead`. For a Hopper only when asked: tiles are an H200's, not those of all."""
         return not torch.cuda.is_available() and self.capability == "89"
 
     def notice(self) -> str:

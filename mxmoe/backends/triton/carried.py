@@ -25,6 +25,9 @@ from triton.runtime.cache import get_cache_manager
 from mxmoe.backends.triton.ahead import Binary
 from mxmoe.errors import AheadFailed, BrokenCheckpoint
 
+HOPPER = 90
+"""Capability that has a divided kernel, and measured tiles."""
+
 
 @dataclass(frozen=True)
 class Kernel(Binary):
@@ -76,7 +79,7 @@ def compile_calls(job: Job, *, quiet: bool = False) -> Mapping[str, Kernel]:
     Compile, in a process of its own, everything that calls of a module launch: name -> kernel.
 
     Equal kernels are compiled once, on all cores; what Triton has in its cache is not compiled again. Tiles are chosen
-    by the rule of the capability.
+    by the rule of the capability; on sm_90 as an H200 chooses them, the divided kernel where it takes a launch.
 
     Raises:
         AheadFailed: the compiler refuses a kernel.
@@ -87,7 +90,8 @@ def compile_calls(job: Job, *, quiet: bool = False) -> Mapping[str, Kernel]:
         environment = {
             **os.environ,
             "TRITON_INTERPRET": "0",
-            "TRITON_OVERRIDE_ARCH": f"sm{job.arch}",
+            # where it is set no measured tiles count; the rehearsal stands for sm_90 without it
+            "TRITON_OVERRIDE_ARCH": "" if job.arch == HOPPER else f"sm{job.arch}",
             "CUDA_VISIBLE_DEVICES": "",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }

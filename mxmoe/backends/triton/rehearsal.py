@@ -6,6 +6,8 @@ GPU would ask for, to the last bit of Triton's keys. Run as a program, in a proc
 
     TRITON_INTERPRET=0 TRITON_OVERRIDE_ARCH=sm89 python -m mxmoe.backends.triton.rehearsal JOB RESULT
 
+For sm_90 the variable stays empty, and tiles are those that were measured on its GPU in `GPUS`.
+
 JOB is a pickled `Job`; RESULT will be pickled `carried.Kernel`s. Writes `done` for every kernel that is compiled, and
 once `total N`.
 """
@@ -31,13 +33,17 @@ from triton.runtime import driver
 from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.jit import JITFunction
 
+from mxmoe.backends.triton import choose_ada
 from mxmoe.backends.triton.backend import Outline
 from mxmoe.backends.triton.carried import Job, Kernel
 from mxmoe.backends.triton.executable import TritonExecutable
+from mxmoe.backends.triton.tuned import for_device
 from mxmoe.ir import MoeOp, banks, moe_ops, parse_ir
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 """Type of tokens in the text of a module -> torch's."""
+GPUS = {90: "NVIDIA H200"}
+"""Capability -> the GPU that is rehearsed, as CUDA names it, where there are measured tiles."""
 
 
 class Nowhere:
@@ -118,10 +124,27 @@ def rehearsing(arch: int, launches: Launches) -> Generator[None]:
         JITFunction.run = run
 
 
+@contextmanager
+def standing_in(arch: int) -> Generator[None]:
+    """Choose tiles as the GPU of `GPUS` would: measured ones where they hold, and those of the divided kernel."""
+    if arch not in GPUS:
+        yield
+        return
+    stand_in = {"tuned_for": lambda _device: for_device(GPUS[arch]), "_divides": lambda _device: True}
+    real = {name: getattr(choose_ada, name) for name in stand_in}
+    for name, function in stand_in.items():
+        setattr(choose_ada, name, function)
+    try:
+        yield
+    finally:
+        for name, function in real.items():
+            setattr(choose_ada, name, function)
+
+
 def rehearse(job: Job) -> Mapping[str, Kernel]:
     """Rehearse calls of every block with every number of tokens, and give what they launch."""
     launches, module = Launches(), parse_ir(job.module)
-    with rehearsing(job.arch, launches):
+    with rehearsing(job.arch, launches), standing_in(job.arch):
         for moe in moe_ops(module):
             executable = Outline(moe, torch.device("cpu")).block()
             for tokens in job.tokens:

@@ -131,18 +131,17 @@ def test_calls_on_a_gpu_find_what_was_rehearsed(tmp_path: Path, monkeypatch: pyt
     """Rehearsed for the GPU that is here, put into an empty cache: nothing is left to compile for the same calls."""
     from triton import knobs
 
-    from mxmoe.backends.triton import choose_ada, kernels, kernels_schedule, prepare
+    from mxmoe.backends.triton import kernels, kernels_hopper, kernels_schedule, prepare
 
     major, minor = torch.cuda.get_device_capability()
     small = Small((Scheme.parse("w8a8_sym"), Scheme.parse("w4a8_g128_sym")), 256, 128)
     pair, tokens = Pair.of(small), (16, 600)
     rehearsed = compile_calls(Job(print_ir(pair.module, elide=None), tokens, 10 * major + minor), quiet=True)
-    # by rule, as where there was no GPU to measure on
-    monkeypatch.setattr(choose_ada, "tuned_for", lambda device: None)
-    monkeypatch.setattr(choose_ada, "DIVIDES", False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     install(list(rehearsed.values()))
-    for kernel in (one for module in (kernels, kernels_schedule, prepare) for one in vars(module).values()):
+    for kernel in (
+        one for module in (kernels, kernels_hopper, kernels_schedule, prepare) for one in vars(module).values()
+    ):
         if hasattr(kernel, "device_caches"):
             monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     found: dict[str, bool] = {}
