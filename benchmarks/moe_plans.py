@@ -21,7 +21,7 @@ from common import RESULTS
 from moe_workloads import MODELS, PEAKS, TOKENS, Cell, Model, draw_routing
 from numpy.typing import NDArray
 
-INT8, W4A8 = "w8a8_sym", "w4a8_g128_sym"
+INT8, W4A8 = "w8a8_sym", "w4a8_g128_sym_iscale"
 SCHEMES = {
     # bits with scales as the roofline counts them, bytes of an activation, matrix unit, weight class
     "bf16": (16.0, 2.0, "bf16", "bf16"),
@@ -38,13 +38,16 @@ SCHEMES = {
     "w4a8_g128_sym_iscale": (4.0625, 1.0, "int8", "4bit"),
     "w4a8_sym": (4.0, 1.0, "int8", "4bit"),
 }
-RANDOM_POOL = ("w4a8_g128_sym", "w8a8_sym", "w8a8_e4m3", "w4a16_g128_asym", "w3a16_g128_asym", "w2a16_g128_asym")
+RANDOM_POOL = (
+    *("w4a8_g128_sym", "w4a8_g128_sym_iscale", "w8a8_sym", "w8a8_e4m3"),
+    *("w4a16_g128_asym", "w3a16_g128_asym", "w2a16_g128_asym"),
+)
 LEARNT_FROM = 8192
 """Tokens of the routing that solved plans take their frequencies from."""
 PLANS = RESULTS / "plans.json"
-SHORT = {"4": W4A8, "8": INT8, "e": "w4a8_g128_sym_e4m3", "f": "w8a8_e4m3"}
-UNITS = ("48", "ef")
-"""Schemes that a solved plan mixes, as letters: those of int8 products, or those of fp8 ones."""
+SHORT = {"4": "w4a8_g128_sym", "i": W4A8, "8": INT8, "e": "w4a8_g128_sym_e4m3", "f": "w8a8_e4m3"}
+UNITS = ("48", "i8", "ef")
+"""Schemes that a solved plan mixes, as letters: those of int8 products, with integer scales too, or of fp8 ones."""
 BITS, TRADE = 5.0, 0.75
 
 Plan = tuple[tuple[str, ...], ...]
@@ -133,7 +136,7 @@ def solve_plan(model: Model, tokens: int, bits: float, cost_model: Any, trade: f
     """
     Solve loss^trade * time^(1 - trade) for both products of a model together, under mean bits per weight.
 
-    Both units are tried; the one whose plan takes less time, with losses that are the same for both, is kept.
+    All pairs are tried; the one whose plan takes least time, with losses that are the same for all, is kept.
 
     Returns:
         Part -> one letter per expert, of `SHORT`.

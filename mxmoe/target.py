@@ -31,7 +31,7 @@ class Target:
 
 _WEIGHT_ONLY = ("w2a16_g128_asym", "w3a16_g128_asym", "w4a16_g128_asym")
 _ADA = ("w4a4_g128_sym", "w4a8_g128_sym", "w8a8_sym")
-_HOPPER = ("w4a8_g128_sym", "w8a8_sym", "w8a8_e4m3")
+_HOPPER = ("w4a8_g128_sym", "w4a8_g128_sym_iscale", "w8a8_sym", "w8a8_e4m3")
 
 TARGETS: Mapping[str, Target] = {
     target.name: target

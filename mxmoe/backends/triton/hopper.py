@@ -33,11 +33,14 @@ WARPS = DIVIDED_WARPS
 """Warps of a program: two warpgroups that multiply, and one of which a warp loads."""
 HEIGHTS = (16, 32, 64, 128)
 """Rows of a tile."""
+WIDE_HEIGHTS = (HEIGHTS, (64, 128), (32, 64), (16,))
+NARROW_HEIGHTS = (HEIGHTS, (64, 128), (16, 32, 64), (64,))
+"""Those worth measuring together, where tiles of 64 rows are wide and where they are narrow."""
 ENOUGH_ROWS = {"dense": 1.0, "nibbles": 4.0, "scaled": 4.0}
 """Rows of a mean active expert from which the kernel is taken where nothing was measured, by body."""
 LEAST_ROWS, MANY_ROWS = 2.0, 24.0
 """Rows of a mean active expert up to which tiles are the lowest, and beyond which those of dense weights are tall."""
-MOST_OPERANDS = 3
+MOST_OPERANDS = 4
 """Kinds of operands that a launch has room for, beside those of an expert that sees every token."""
 REGISTERS = 168
 """Of a thread at the start: 64 K by all warps. The loading warpgroup hands its own on to the others."""
@@ -114,8 +117,8 @@ def with_always(gemm: Gemm, config: Config, tokens: int) -> Config:
 
 def candidates(gemm: Gemm) -> tuple[Config, ...]:
     """Tiles worth measuring; none where the kernel does not multiply the GEMM."""
-    made = [config_for(gemm, heights) for heights in ((16, 32, 64, 128), (64, 128), (32, 64), (16,))]
-    made += [config_for(gemm, heights, is_narrow=True) for heights in ((16, 32, 64, 128), (16, 32, 64), (64,))]
+    made = [config_for(gemm, heights) for heights in WIDE_HEIGHTS]
+    made += [config_for(gemm, heights, is_narrow=True) for heights in NARROW_HEIGHTS]
     return tuple(dict.fromkeys(config for config in made if config is not None))
 
 

@@ -188,7 +188,8 @@ def _post() -> gl.tuple:
 def divided_gemm(
     tall0: gl.tensor, low0: gl.tensor, wide0: gl.tensor, narrow0: gl.tensor, tall1: gl.tensor, low1: gl.tensor,
     wide1: gl.tensor, narrow1: gl.tensor, tall2: gl.tensor, low2: gl.tensor, wide2: gl.tensor, narrow2: gl.tensor,
-    tall3: gl.tensor, low3: gl.tensor, wide3: gl.tensor, narrow3: gl.tensor,
+    tall3: gl.tensor, low3: gl.tensor, wide3: gl.tensor, narrow3: gl.tensor, tall4: gl.tensor, low4: gl.tensor,
+    wide4: gl.tensor, narrow4: gl.tensor,
     metas: gl.tensor, arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor, x_scales: gl.tuple,
     y_ptr: gl.tensor, ends_ptr: gl.tensor, band_ptr: gl.tensor, bands: gl.tensor, walk_ptr: gl.tensor,
     always: gl.tuple, RUNS: gl.constexpr,
@@ -217,10 +218,10 @@ def divided_gemm(
     for i in gl.static_range(BARRIERS):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    tall = (tall0, tall1, tall2, tall3)
-    low = (low0, low1, low2, low3)
-    wide = (wide0, wide1, wide2, wide3)
-    narrow = (narrow0, narrow1, narrow2, narrow3)
+    tall = (tall0, tall1, tall2, tall3, tall4)
+    low = (low0, low1, low2, low3, low4)
+    wide = (wide0, wide1, wide2, wide3, wide4)
+    narrow = (narrow0, narrow1, narrow2, narrow3, narrow4)
     tables = (base_ptr, ends_ptr, band_ptr, bands, walk_ptr)
     ring = (small, big, ss, full, empty)
     post = _post()

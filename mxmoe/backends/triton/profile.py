@@ -27,22 +27,25 @@ from mxmoe.files import write_whole
 from mxmoe.ir import Scheme
 
 SCHEMES = (
-    *("bf16", "w8a8_sym", "w8a8_e4m3", "w4a8_g128_sym", "w4a8_g128_sym_e4m3"),
+    *("bf16", "w8a8_sym", "w8a8_e4m3", "w4a8_g128_sym", "w4a8_g128_sym_iscale", "w4a8_g128_sym_e4m3"),
     *("w4a16_g128_asym", "w3a16_g128_asym", "w2a16_g128_asym"),
 )
-POOL = (*("w4a8_g128_sym", "w8a8_sym", "w8a8_e4m3"), *("w4a16_g128_asym", "w3a16_g128_asym", "w2a16_g128_asym"))
+POOL = (
+    *("w4a8_g128_sym", "w4a8_g128_sym_iscale", "w8a8_sym", "w8a8_e4m3"),
+    *("w4a16_g128_asym", "w3a16_g128_asym", "w2a16_g128_asym"),
+)
 """Schemes of random mixes: what target triton-sm90 chooses from."""
 ARCH = 90
 """Compute capability, times ten, whose rule chooses where nothing was measured."""
 MIXES = 5
-"""Random mixes of each product and number of tokens; the last is of 4 and 8-bit weights with 8-bit activations."""
+"""Random mixes of each product and number of tokens; the last is of w4a8 with integer scales and w8a8."""
 
 
 def mixed_plan(number: int, kind: int) -> str:
     """Name a random mix: two to four schemes of the pool, or w4a8 and w8a8 for the last kind."""
     rng = np.random.default_rng(number)
     if kind == MIXES - 1:
-        return f"{number}:w4a8_g128_sym+w8a8_sym"
+        return f"{number}:w4a8_g128_sym_iscale+w8a8_sym"
     picked = rng.choice(len(POOL), size=int(rng.integers(2, 5)), replace=False)
     return f"{number}:" + "+".join(POOL[i] for i in sorted(picked.tolist()))
 

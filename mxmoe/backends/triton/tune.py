@@ -45,8 +45,11 @@ WORKLOADS = (
     Workload(7168, 2048, False, 256, 8),
 )
 TOKENS = (1, 16, 64, 512, 2048, 8192)
-SCHEMES = ("w4a8_g128_sym", "w8a8_sym", "w4a16_g128_asym", "w8a8_e4m3", "bf16", "w4a8_g128_sym_e4m3", "w8a16_sym")
-SETS = ("w4a8_g128_sym+w8a8_sym",)
+SCHEMES = (
+    *("w4a8_g128_sym", "w4a8_g128_sym_iscale", "w8a8_sym", "w4a16_g128_asym", "w8a8_e4m3", "bf16"),
+    *("w4a8_g128_sym_e4m3", "w8a16_sym"),
+)
+SETS = ("w4a8_g128_sym_iscale+w8a8_sym", "w4a8_g128_sym+w8a8_sym")
 """Schemes that are tuned together."""
 SET_SEED = 7
 """Which draw of `workloads.schemes_of` the experts of a set have: about a half each."""

@@ -16,7 +16,7 @@ from mxmoe.testing import at_stage, random_weights
 
 from .small_blocks import DEVICE, DTYPES
 
-HIDDEN, EXPERTS, TOP_K = 128, 4, 2
+HIDDEN, EXPERTS, TOP_K = 128, 5, 2
 
 
 def make(

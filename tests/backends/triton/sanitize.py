@@ -15,6 +15,7 @@ CASES: Mapping[str, tuple[str, ...]] = {
     "dense16": ("bf16", "fp16"),
     "dense8": ("w8a8_sym", "w8a8_e4m3"),
     "nibbles": ("w4a8_sym", "w4a8_g128_sym", "w4a4_g128_sym"),
+    "scaled": ("w4a8_g128_sym_iscale",),
     "nibbles_e4m3": ("w4a8_sym_e4m3", "w4a8_g128_sym_e4m3"),
     "wide2": ("w2a16_g128_asym", "w2a16_sym"),
     "wide3": ("w3a16_g128_asym", "w3a16_g32_sym"),
@@ -22,9 +23,10 @@ CASES: Mapping[str, tuple[str, ...]] = {
     "wide8": ("w8a16_g128_asym", "w8a16_sym"),
     "divided_int8": ("w8a8_sym", "w4a8_g128_sym", "bf16"),
     "divided_e4m3": ("w8a8_e4m3", "w4a8_g128_sym_e4m3", "w4a8_sym_e4m3"),
+    "divided_scaled": ("w4a8_g128_sym_iscale", "w8a8_sym", "w4a8_g128_sym"),
 }
 """Name -> the schemes of the block."""
-SIZES = {"divided_int8": (272, 208), "divided_e4m3": (272, 208)}
+SIZES = dict.fromkeys(("divided_int8", "divided_e4m3", "divided_scaled"), (272, 208))
 """Channels outside and between, where 8-bit rows have to be whole 16 bytes; of the other blocks they are not."""
 TOKENS = (1, 19, 150)
 """Few rows and many, none of which fills its tiles."""

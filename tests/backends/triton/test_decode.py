@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -34,8 +35,10 @@ def parts_kernel(p_ptr: tl.tensor, low_ptr: tl.tensor, high_ptr: tl.tensor, WAY:
         low, high = decode.int8_parts(p, PTX)
     elif WAY == 1:
         low, high = decode.e4m3_parts(p, PTX)
-    else:
+    elif WAY == 2:
         low, high = decode.bf16_nibbles(p, PTX)
+    else:  # multipliers from WAY - 2 on
+        low, high = decode.multiplied_parts(p, (tl.arange(0, 4) + (WAY - 2))[:, None], PTX)
     tl.store(low_ptr + at, low.to(low_ptr.dtype.element_ty))
     tl.store(high_ptr + at, high.to(high_ptr.dtype.element_ty))
 
@@ -73,6 +76,14 @@ def test_signs_and_magnitudes_become_subnormals() -> None:
     sign_low, sign_high = 1 - 2 * (p >> 7), 1 - 2 * ((p >> 6) & 1)
     assert torch.equal(low * decode.E4M3_STEP.value, (sign_low * (p & 7)).double())
     assert torch.equal(high * decode.E4M3_STEP.value, (sign_high * ((p >> 3) & 7)).double())
+
+
+@pytest.mark.parametrize("first", [1, 5, 9, 13])
+def test_nibbles_become_multiples(first: int) -> None:
+    low, high = run_parts(first + 2, torch.int8)
+    codes, multipliers = BYTES.int(), first + torch.arange(256) // 64
+    assert torch.equal(low, (((codes & 15) - 8) * multipliers).double())
+    assert torch.equal(high, (((codes >> 4) - 8) * multipliers).double())
 
 
 def test_nibbles_become_numbers() -> None:
@@ -154,15 +165,17 @@ OPS: Mapping[str, Callable[..., Any]] = {
     "shl.b32": lambda a, n: a << n & WORD,
     "shr.b32": _shift_right,
     "and.b32": lambda a, b: a & b,
+    "xor.b32": lambda a, b: a ^ b,
+    "mad.lo.u32": lambda a, b, c: a * b + c & WORD,
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
     "fma.rn.bf16x2": _fma_bf16x2,
 }
 
 
-def run_ptx(text: str, word: Any, outputs: int) -> list[Any]:  # noqa: ANN401  # as above
-    """Run a block of inline PTX on its one input, which is numbered behind the outputs."""
-    registers: dict[str, Any] = {f"${outputs}": word}
+def run_ptx(text: str, word: Any, outputs: int, more: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:  # noqa: ANN401  # as above
+    """Run a block of inline PTX on its input, which is numbered behind the outputs, and `more` registers."""
+    registers: dict[str, Any] = {f"${outputs}": word, **more}
     for line in text.strip("{}\n").splitlines():
         if line.startswith(".reg"):
             continue
@@ -206,6 +219,23 @@ def test_ptx_of_bf16_nibbles() -> None:
         halves = [_bf16(one >> shift & 0xFFFF) for one in registers for shift in (0, 16)]
         assert halves[:4] == [byte & 15 for byte in _bytes_of(word)]
         assert halves[4:] == [byte >> 4 for byte in _bytes_of(word)]
+
+
+def _middle(multiplier: int) -> int:
+    return multiplier * decode.MINUS_EIGHTS.value + decode.MIDDLES.value & WORD
+
+
+@pytest.mark.parametrize("multiplier", range(1, 17))
+def test_ptx_of_multiples_for_all_words(multiplier: int) -> None:
+    z3 = pytest.importorskip("z3")
+    word = z3.BitVec("word", 32)
+    more = {"$3": z3.BitVecVal(multiplier, 32), "$7": z3.BitVecVal(_middle(multiplier), 32)}
+    low, high = run_ptx(decode.MULTIPLIED.value, word, 2, more)
+    for place in range(4):
+        byte, a, b = (z3.Extract(8 * place + 7, 8 * place, one) for one in (word, low, high))
+        solver = z3.Solver()
+        solver.add(z3.Or(a != ((byte & 15) - 8) * multiplier, b != (z3.LShR(byte, 4) - 8) * multiplier))
+        assert solver.check() == z3.unsat
 
 
 @pytest.mark.parametrize("name", ["HIGH_NIBBLES", "SUBNORMALS"])

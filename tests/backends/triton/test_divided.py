@@ -31,7 +31,7 @@ from .small_blocks import DEVICE, Pair, Small
 
 W8, W4, WIDE = "w8a8_sym", "w4a8_g128_sym", "w4a16_g128_asym"
 SMALL = Workload(256, 512, True, 8, 2)
-FITTING = ("bf16", W8, "w8a8_e4m3", W4, "w4a8_g128_sym_e4m3")
+FITTING = ("bf16", W8, "w8a8_e4m3", W4, f"{W4}_e4m3", f"{W4}_iscale")
 ALL, LOW = hopper.HEIGHTS, (16,)
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="the kernels run there; others stand in for them here")
 on_hopper = pytest.mark.skipif(
@@ -138,7 +138,7 @@ def test_divided_configs_are_measured_in_every_class_before_changes(scheme: str,
     kinds = [kind_of(parse_config(job.config)) for job in jobs]
     count = kinds.count(DIVIDED)
     fits = scheme in FITTING
-    assert count in ((2, 3, 4) if fits else (0,))
+    assert (2 <= count <= 8) if fits else count == 0
     assert kinds == [WHOLE, *[DIVIDED] * count, *[WHOLE] * (len(jobs) - 1 - count)]
     assert [job for job in jobs if kind_of(parse_config(job.config)) == WHOLE] == tune.first_jobs(
         [one], (tokens,), (scheme,)
@@ -201,8 +201,8 @@ def test_what_is_known_is_not_measured_again_but_for_the_rule(tmp_path: Path) ->
 
 
 def test_a_profile_is_of_what_will_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 96.0, "nibbles": 96.0})
-    jobs = tune.first_jobs([SMALL], (16, 2048), (W8, W4), divides=True)
+    monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 96.0, "nibbles": 96.0, "scaled": 96.0})
+    jobs = tune.first_jobs([SMALL], (16, 2048), (W8, W4, f"{W4}_iscale"), divides=True)
     tuned = tune.make_tuned(measured(*jobs, us={WHOLE: 100.0, DIVIDED: 10.0}), "A GPU", mixes=True)
     (tmp_path / "tiles.json").write_text(tuned.dumps())
     asked = profile_jobs(tuned, [SMALL], (16, 2048), (W8, W4, WIDE), divides=True)
@@ -236,7 +236,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         whole_instead(matrices, config, *given, compile_only=compile_only)
 
     monkeypatch.setattr(hopper, "run_hopper", run)
-    monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 0.0, "nibbles": 0.0})
+    monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 0.0, "nibbles": 0.0, "scaled": 0.0})
     monkeypatch.setattr(choose_ada, "_divides", lambda _device: True)
     monkeypatch.setattr(choose_ada, "arch_of", lambda _device: 90)
     return ran
@@ -315,7 +315,7 @@ MIXED = Small(tuple(map(Scheme.parse, (W4, W8, "bf16"))), 256, 384, 8, 2)
 @on_hopper
 @pytest.mark.parametrize("small", [*BLOCKS, MIXED], ids=str)
 def test_a_divided_block_equals_the_definition(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 0.0, "nibbles": 0.0})
+    monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 0.0, "nibbles": 0.0, "scaled": 0.0})
     monkeypatch.setattr(choose_ada, "tuned_for", lambda _device: None)
     pair = Pair.of(small)
     bank: Any = pair.triton["mlp"]
@@ -330,7 +330,7 @@ def test_a_divided_block_equals_the_definition(small: Small, monkeypatch: pytest
 @on_hopper
 @pytest.mark.parametrize("tokens", [1, 16, 1500])
 def test_a_divided_graph_is_replayed_over_changing_routings(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 0.0, "nibbles": 0.0})
+    monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 0.0, "nibbles": 0.0, "scaled": 0.0})
     monkeypatch.setattr(choose_ada, "tuned_for", lambda _device: None)
     run = Pair.of(MIXED).triton["mlp"]
 

@@ -25,7 +25,7 @@ from mxmoe.ir import Scheme
 from mxmoe.quant import Quantized, apply_act, dequantize, quantize
 
 DENSE = ("bf16", "w8a8_sym", "w8a8_e4m3")
-NIBBLES = ("w4a8_g128_sym", "w4a8_g128_sym_e4m3", "w4a8_sym")
+NIBBLES = ("w4a8_g128_sym", "w4a8_g128_sym_e4m3", "w4a8_sym", "w4a8_g128_sym_iscale")
 OTHERS = ("w4a16_g128_asym", "w8a16_g128_sym", "w2a16_g64_asym")
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="no sm_90 device"
@@ -50,8 +50,8 @@ def test_tiles_are_those_the_kernel_is_written_for(
     assert config is not None
     tiling, _ = classes_of(gemm, config)
     for one in tiling.classes:
-        dense = body_of(gemm.distinct[one.group]) == "dense"
-        side_by_side = (256 if dense else 128) // (2 if gated else 1)
+        is_wide = body_of(gemm.distinct[one.group]) != "nibbles"
+        side_by_side = (256 if is_wide else 128) // (2 if gated else 1)
         assert one.n_tiles == -(-gemm.n // side_by_side)
         assert one.height in tall
 
@@ -67,7 +67,7 @@ def test_a_ring_is_left_before_its_memory_is_another(names: list[str], tall: tup
     matrices = Matrices(gemm, allocate_arena(256, 512, gemm.schemes, 2, "cpu"), None)
     runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper.runs(matrices, config, Epilogue("silu"))]
     assert sorted(run["place"] for run in runs) == list(range(len(config.shapes) * len(tall)))
-    rings = [(run["kind"], run["rows"]) for run in runs]
+    rings = [(hopper.RINGS[run["kind"]], run["rows"]) for run in runs]
     assert len(list(groupby(rings))) == len(set(rings))
     free = 0
     for before, run, ring, ring_before in zip([None, *runs], runs, rings, [None, *rings], strict=False):
@@ -99,7 +99,7 @@ def test_an_expert_that_sees_every_token_has_runs_of_its_own(
         assert run["ring"] == (hopper.MOST_OPERANDS if is_always else 0)
         assert run["rows"] == (len(gemm.row_kinds) if is_always else gemm.row_kinds.index(RowKind.of(gemm.schemes[0])))
         assert run["apart"] == ((hopper.WRITES if gated else hopper.READS) if is_always else 0)
-        wide = 128 if run["kind"] in (hopper.NARROW, hopper.NIBBLES) else 256
+        wide = 128 if run["kind"] in (hopper.NARROW, hopper.NIBBLES, hopper.SCALED_LOW) else 256
         assert run["columns"] == -(-run["n"] * (1 + gated) // wide)
     assert {one.height for one in tiling.classes if one.group == 0} == set(tall)
 

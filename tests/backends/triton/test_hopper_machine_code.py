@@ -34,6 +34,7 @@ TALL = (16, 64, 128)
 MIXES = {
     ("w8a8_sym", "w4a8_g128_sym"): ("IGMMA",),
     ("bf16", "w4a8_sym_e4m3"): ("HGMMA", "QGMMA"),
+    ("w4a8_g128_sym_iscale", "w8a8_sym"): ("IGMMA",),
 }
 """Schemes of a launch -> the matrix products that it must have."""
 JOINED = (("bf16",), ("w8a8_e4m3",), ("w8a8_sym", "bf16", "w4a8_g128_sym"))

@@ -41,6 +41,7 @@ SETS = (
     ("w8a8_e4m3",),
     ("w4a8_g128_sym",),
     ("w8a8_sym", "bf16", "w4a8_g128_sym"),
+    ("w4a8_g128_sym_iscale", "w8a8_sym"),
     ("w4a8_g128_sym_e4m3", "w4a8_sym", "w8a8_e4m3"),
 )
 HIDDEN, NARROW = 272, 144
@@ -53,7 +54,7 @@ CASES = [*((one, WIDE) for one in SETS), (SETS[0], NARROW), (SETS[4], NARROW)]
 @pytest.fixture(autouse=True)
 def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Divide whatever fits, by rule."""
-    monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 0.0, "nibbles": 0.0})
+    monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 0.0, "nibbles": 0.0, "scaled": 0.0})
     monkeypatch.setattr(choose_ada, "tuned_for", lambda _device: None)
     choose_ada.choose.cache_clear()
     yield
@@ -154,7 +155,7 @@ def test_banks_that_turn_and_nobody_routed(stand_in: list[Config]) -> None:
 
 @interpreted
 def test_more_kinds_of_operands_than_rings_run_one_bank_after_the_other(stand_in: list[Config]) -> None:
-    made, _ = block(("bf16", "w8a8_sym", "w8a8_e4m3", "w4a8_g128_sym"))
+    made, _ = block(("bf16", "w8a8_sym", "w8a8_e4m3", "w4a8_g128_sym", "w4a8_g128_sym_iscale"))
     assert made.joins(joint.MOST_TOKENS)
     assert not made.joins(joint.MOST_TOKENS + 1)
     assert not any(map(reads_sorted, configs(made, 300)))
@@ -166,11 +167,12 @@ def test_more_kinds_of_operands_than_rings_run_one_bank_after_the_other(stand_in
 
 @interpreted
 def test_the_kinds_that_routed_experts_have_leave_room_for_a_shared_one(stand_in: list[Config]) -> None:
-    module, weights = make(("bf16", "w8a8_sym", "w8a8_e4m3", "w4a8_g128_sym"), hidden=HIDDEN, wide=288, narrow=NARROW)
+    schemes = ("bf16", "w8a8_sym", "w8a8_e4m3", "w4a8_g128_sym", "w4a8_g128_sym_iscale")
+    module, weights = make(schemes, hidden=HIDDEN, wide=288, narrow=NARROW)
     made = compiled(module, weights)
     assert made.joint is not None
     for one in (made.joint.entry, made.joint.down):
-        schemes = (*one.gemm.schemes[:3], one.gemm.schemes[0], one.gemm.schemes[-1])
+        schemes = (*one.gemm.schemes[:4], one.gemm.schemes[0], one.gemm.schemes[-1])
         gemm = replace(one.gemm, schemes=schemes)
         assert hopper.config_for(gemm) is not None
         assert len(hopper.operands_of(gemm)) == hopper.MOST_OPERANDS
@@ -234,7 +236,7 @@ def test_tiles_of_all_heights_equal_the_definition(
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("tokens", [1, 64, 1500])
-@pytest.mark.parametrize("schemes", SETS[3:5], ids="+".join)
+@pytest.mark.parametrize("schemes", SETS[3:6], ids="+".join)
 def test_a_joined_graph_is_replayed_over_changing_routings(schemes: tuple[str, ...], tokens: int) -> None:
     made, _ = block(schemes)
     held = draw(tokens, seed=0, width=HIDDEN)

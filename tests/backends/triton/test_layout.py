@@ -15,17 +15,17 @@ from mxmoe.backends.triton.layout import (
     arena_bytes,
     body_of,
     meta_bytes,
-    pack_meta,
+    pack_metas,
     pack_payload,
     payload_bytes,
     put,
     unit_channels,
-    unpack_meta,
+    unpack_metas,
     unpack_payload,
 )
 from mxmoe.errors import BadQuantized
 from mxmoe.ir import Scheme
-from mxmoe.quant import Quantized, quantize
+from mxmoe.quant import Quantized, quantize, split_scales
 
 from .small_blocks import KERNEL_SCHEMES
 
@@ -58,11 +58,9 @@ def test_unpacking_undoes_packing(scheme: Scheme, n: int, k: int, seed: int) -> 
     codes = unpack_payload(payload, scheme, n, k)
     assert codes.dtype == q.codes.dtype
     assert torch.equal(codes.float(), q.codes.float())
-    for meta in (q.scale, q.zero):
-        packed = pack_meta(meta, scheme, k)
-        assert len(packed) == (0 if meta is None else meta_bytes(scheme, n, k))
-        if meta is not None:
-            assert torch.equal(unpack_meta(packed, scheme, n, k), meta)
+    metas = pack_metas(q)
+    assert tuple(map(len, metas)) == meta_bytes(scheme, n, k)
+    check_equal(Quantized(scheme, codes, *unpack_metas(*metas, scheme, n, k)), q)
 
 
 @given(
@@ -96,10 +94,7 @@ def test_pieces_begin_at_lines_and_do_not_overlap(schemes: list[Scheme], n: int,
     ]
     end = 0
     for scheme, starts in zip((*schemes, *schemes), arena.starts, strict=True):
-        meta = meta_bytes(scheme, n, k)
-        for start, held in zip(
-            starts, (payload_bytes(scheme, n, k), meta, 0 if scheme.symmetric else meta), strict=True
-        ):
+        for start, held in zip(starts, (payload_bytes(scheme, n, k), *meta_bytes(scheme, n, k)), strict=True):
             assert start % ALIGN == 0
             assert start >= end
             end = start + held
@@ -146,9 +141,14 @@ def test_scales_of_a_block_lie_side_by_side(scheme: Scheme) -> None:
     assert q.scale is not None
     padded = -(-k // unit_channels(scheme)) * unit_channels(scheme)
     groups = -(-padded // (scheme.group_size or 1))
-    words = pack_meta(q.scale, scheme, k).view(torch.bfloat16)
+    first, second = pack_metas(q)
+    words, metas = first.view(torch.bfloat16), q.scale
+    if scheme.integer_scales:
+        channel, metas = split_scales(q.scale)
+        words = second
+        assert torch.equal(first.view(torch.float32)[:n], channel[:, 0])
     for row, group in ((0, 0), (63, 1), (64, 0), (69, scheme.n_groups(k) - 1)):
-        assert words[(row // ROWS * groups + group) * ROWS + row % ROWS] == q.scale[row, group]
+        assert words[(row // ROWS * groups + group) * ROWS + row % ROWS] == metas[row, group]
     assert len(words) >= 2 * groups * ROWS + ROWS, "the scales of one unit behind the last may be read"
 
 

@@ -85,7 +85,8 @@ def test_every_scheme_has_a_class_for_each_height_longest_tile_first(launch: tup
         shape = config.shape(scheme)
         assert KINDS[fields["kind"]] == body_of(scheme)
         assert (fields["n"], fields["k"], fields["bits"]) == (gemm.n, gemm.k, scheme.weight_bits)
-        assert (fields["group"], fields["asym"]) == (scheme.group_size or 0, not scheme.symmetric)
+        group = 0 if scheme.integer_scales else scheme.group_size or 0
+        assert (fields["group"], fields["asym"]) == (group, not scheme.symmetric)
         assert gemm.row_kinds[fields["row_kind"]] == RowKind.of(scheme)
         assert bool(fields["row_group"]) == (scheme.act_group_size is not None)
         assert fields["height"] == one.height
