@@ -38,10 +38,7 @@ SCHEMES = {
     "w4a8_g128_sym_iscale": (4.0625, 1.0, "int8", "4bit"),
     "w4a8_sym": (4.0, 1.0, "int8", "4bit"),
 }
-RANDOM_POOL = (
-    *("w4a8_g128_sym", "w4a8_g128_sym_iscale", "w8a8_sym", "w8a8_e4m3"),
-    *("w4a16_g128_asym", "w3a16_g128_asym", "w2a16_g128_asym"),
-)
+RANDOM_POOL = ("w4a8_g128_sym", "w8a8_sym", "w8a8_e4m3", "w4a16_g128_asym", "w3a16_g128_asym", "w2a16_g128_asym")
 LEARNT_FROM = 8192
 """Tokens of the routing that solved plans take their frequencies from."""
 PLANS = RESULTS / "plans.json"

@@ -32,7 +32,7 @@ class ReadingPrinter(Printer):
 
 
 def _word(parser: AttrParser) -> str:
-    return parser.parse_identifier(" expected, a scheme or a tile")
+    return parser.parse_identifier(context_msg=" expected, a scheme or a tile")
 
 
 @irdl_attr_definition

@@ -21,6 +21,7 @@ from mxmoe.backends.triton.layout import body_of
 from mxmoe.backends.triton.measure import add_rows, gpu_divides, sweep
 from mxmoe.backends.triton.tiles import HEIGHTS, WIDTHS, Config, Gemm, Shape
 from mxmoe.backends.triton.tuned import (
+    DIVIDED,
     WHOLE,
     Entry,
     Run,
@@ -167,8 +168,10 @@ def set_jobs(
         gemm = one.gemm(plan)
         rule = by_rule(gemm, count, one.top_k)
         mean = mean_rows(gemm, count, one.top_k)
-        configs = [rule, *(divided_configs(gemm, mean) if divides else ())]
-        for run in bounds_of(mean):
+        divided = divided_configs(gemm, mean) if divides else ()
+        configs = [rule, *divided]
+        # many rows are the divided kernel's wherever it multiplies the schemes
+        for run in bounds_of(mean) if not divided or mean <= FEW else ():
             options = [_shapes_with(times.get((one, count, name), {}), gemm, shape, run) for name, shape in rule.shapes]
             for shapes in itertools.product(*options):
                 pairs = tuple((name, shape) for (name, _), shape in zip(rule.shapes, shapes, strict=True))
@@ -222,10 +225,11 @@ def make_tuned(rows: Sequence[Mapping[str, str]], device: str, mixes: bool = Fal
     kinds = sorted({WHOLE, *(kind_of(parse_config(row["config"])) for row in rows)})
     for (one, count, plan), times in _by_class(rows).items():
         gemm, scheme = one.gemm(plan), plan.rpartition(":")[2]
-        before = times.get(by_rule(gemm, count, one.top_k))
-        if before is None:
+        before, mean = times.get(by_rule(gemm, count, one.top_k)), mean_rows(gemm, count, one.top_k)
+        divided = divided_configs(gemm, mean) if DIVIDED in kinds else ()
+        if before is None or _is_cut_off(times, divided, plan):
             continue
-        mean = round(mean_rows(gemm, count, one.top_k), 3)
+        mean = round(mean, 3)
         active = min(one.experts, count * one.top_k)
         by_run: dict[Run, Config] = {}
         for config in sorted(times, key=times.__getitem__):
@@ -236,6 +240,11 @@ def make_tuned(rows: Sequence[Mapping[str, str]], device: str, mixes: bool = Fal
     entries.sort(key=lambda one: (one.scheme, not one.gated, one.n, one.k, one.rows, one.active, one.time_us))
     hashes = {kind: current_hashes()[kind] for kind in kinds}
     return Tuned(device, triton.__version__, hashes, tuple(entries), mixes)
+
+
+def _is_cut_off(times: Mapping[Config, float], divided: Sequence[Config], plan: str) -> bool:
+    """Say whether a set of schemes was not tried in all tiles of the divided kernel: each by itself says more then."""
+    return "+" in plan and not set(divided) <= set(times)
 
 
 def known_rows(
