@@ -45,6 +45,7 @@ _ALPHA_LIMIT = {"alpha": "alpha", "limit": "limit"}
 _SWIGLU_ALPHA_LIMIT = {"alpha": "swiglu_alpha", "limit": "swiglu_limit"}
 _SWIGLU_LIMIT = {"limit": "swiglu_limit"}
 _LIMIT = {"limit": "limit"}
+_SOFTCAPS = {"gate_cap": "act_fn.gate_softcap.softcap", "up_cap": "act_fn.up_softcap.softcap"}
 
 FAMILIES: Mapping[str, Family] = {
     row.name: row
@@ -56,11 +57,9 @@ FAMILIES: Mapping[str, Family] = {
         Family("Glm5NextTextMLP", "silu_clamped", _SWIGLU_LIMIT),
         Family("GptOssExperts", "swiglu_oai", _ALPHA_LIMIT),
         Family("HYV4Experts", "silu_clamped", _SWIGLU_LIMIT),
-        Family(
-            "Inkling2Experts",
-            "swiglu_softcap",
-            {"gate_cap": "act_fn.gate_softcap.softcap", "up_cap": "act_fn.up_softcap.softcap"},
-        ),
+        Family("HYV4VLExperts", "silu_clamped", _SWIGLU_LIMIT),
+        Family("Inkling2Experts", "swiglu_softcap", _SOFTCAPS),
+        Family("Inkling2LoopExperts", "swiglu_softcap", _SOFTCAPS),
         Family("MiniMaxM3VLExperts", "swiglu_oai", _SWIGLU_ALPHA_LIMIT),
         Family("MiniMaxM3VLDenseMLP", "swiglu_oai", _SWIGLU_ALPHA_LIMIT),
         Family("OpenAIPrivacyFilterExperts", "swiglu_oai", _ALPHA_LIMIT),

@@ -103,6 +103,7 @@ FURTHER: Mapping[str, Mapping[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]},
     },
     "Glm5NextTextExperts": {**_HALF_SPARSE, "qk_rope_head_dim": 0},
+    "HYV4VLExperts": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
     "Lfm2MoeExperts": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "MiMoV2FlashExperts": {"num_key_value_heads": 2},
     "NemotronHExperts": {"layers_block_type": ["moe", "mlp"]},
