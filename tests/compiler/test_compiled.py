@@ -40,7 +40,7 @@ from mxmoe.quant import tolerance
 
 from .blocks import CONFIG, qwen_block, qwen_model, seeded
 
-SCHEMES = ("w3a16_g32_asym", "w8a8_sym", "bf16")
+SCHEMES = ("w3a16_g32_asym", "w4a8_g16_sym_iscale", "w8a8_sym", "bf16")
 IDS = torch.arange(12).reshape(2, 6)
 
 

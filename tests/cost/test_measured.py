@@ -71,6 +71,7 @@ def test_figures_at_the_measured_depth_are_the_profiles() -> None:
         ("w8a16_sym", "scaled from w4a16_sym"),
         ("bf16", "scaled from w4a16_sym"),
         ("w4a8_g128_sym", "scaled from w8a8_sym"),
+        ("w4a8_g128_sym_iscale", "scaled from w8a8_sym"),
         ("w8a8_e4m3", "roofline"),
     ],
 )

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxmoe.cost import Roofline
-from mxmoe.cost.roofline import REACHED
+from mxmoe.cost.roofline import REACHED, decode_operations
 from mxmoe.device import DEVICES, Device
 from mxmoe.errors import BadWorkload
 from mxmoe.ir import Scheme, Tile
@@ -64,6 +64,19 @@ def test_one_tile_by_hand() -> None:
     memory = 128 * (2048 / 2 + 4) / (1008e3 * REACHED["dram"] / 128)
     decode = 128 * 2048 / (64 * 2.52e3)
     assert Roofline(row).tile_us(scheme, tile, 2048) == pytest.approx(memory + decode, rel=1e-12)
+
+
+def test_integer_scales_leave_one_partial_sum_and_multiply_weights() -> None:
+    tile, k = Tile(16, 128, 128), 2048
+    names = ("w4a8_sym", "w4a8_g128_sym", "w4a8_g128_sym_iscale")
+    alone, grouped, whole = (decode_operations(Scheme.parse(name), tile, k) for name in names)
+    assert alone == 128 * k
+    assert grouped == alone + 16 * 128 * (k // 128)
+    assert whole == alone * 1.5
+    # so that they pay with many rows to a tile, and not with few
+    wide = [decode_operations(Scheme.parse(name), Tile(128, 128, 128), k) for name in names]
+    assert whole > grouped
+    assert wide[2] < wide[1]
 
 
 def test_a_big_tile_is_bound_by_the_matrix_unit() -> None:
