@@ -100,7 +100,7 @@ def test_several_schemes_are_weighed_together_and_quantizers_are_taken_by_name()
 
 def test_mistakes_are_named() -> None:
     model, ids = qwen(), ids_of(0)
-    for scheme in ("w8a8_sym", "bf16"):
+    for scheme in ("w8a8_sym", "w4a8_g32_sym_iscale", "bf16"):
         with pytest.raises(NotWeightOnly, match=f"{scheme} is no weight-only scheme"):
             awq(model, ids, [SCHEME, scheme])
     with pytest.raises(BadOption, match=r"schemes=\(\)"):

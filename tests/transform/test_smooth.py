@@ -74,13 +74,13 @@ def test_the_shared_scale_is_the_largest_over_experts_and_router() -> None:
     assert torch.equal(largest.input_scale(0.5), found)
 
 
+@pytest.mark.parametrize("scheme", ["w8a8_sym", "w4a8_g16_sym_iscale"])
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_outliers_go_and_quantized_activations_lose_less(name: str) -> None:
+def test_outliers_go_and_quantized_activations_lose_less(name: str, scheme: str) -> None:
     model = TRANSFORMERS[name]()
     ids = ids_of(3, 256)
     before = run(model, ids)
     plant_outliers(model, channels=2, factor=64.0)
-    scheme = "w8a8_sym"
     worse = observe(lift(model), ids, schemes=[scheme], quiet=True)
     heavy = activation_profile(model, ids, quiet=True)
     report = smooth(model, ids, quiet=True)
