@@ -329,7 +329,9 @@ def _cast_of(scheme: Scheme) -> Scheme | None:
     """Give one scheme for all that read activations alike."""
     if scheme.act_bits == 16:
         return Scheme.parse("bf16")
-    return dataclasses.replace(scheme, weight_bits=8, group_size=scheme.act_group_size, symmetric=True)
+    return dataclasses.replace(
+        scheme, weight_bits=8, group_size=scheme.act_group_size, symmetric=True, integer_scales=False
+    )
 
 
 def _cast(rows: Tensor, cast: Scheme | None) -> Tensor:

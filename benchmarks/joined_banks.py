@@ -83,6 +83,7 @@ def compare(run: Any, tokens: int) -> dict[str, Any]:  # noqa: ANN401
     hidden = torch.randn((tokens, SIZES["hidden_size"]), device="cuda", dtype=torch.bfloat16)
     index = torch.rand((tokens, experts), device="cuda").topk(top_k).indices
     args = (hidden, index, torch.rand((tokens, top_k), device="cuda").softmax(-1))
+    run = replace(run, joint=replace(run.joint, divides=True, chosen={}, constants={}))
     found: dict[str, Any] = {"divided": [reads_sorted(config) for config in run.joint.configs(tokens, top_k)]}
     apart: dict[str, Tensor] = {}
     for name, way in ways(run, tokens).items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -183,8 +184,10 @@ class _Beams:
             return
         cached = self.cache is not None
         new = self.tokens[:, -1:] if cached else self.tokens
-        out = self.root(input_ids=new, past_key_values=self.cache, use_cache=True)
-        cache = getattr(out, "past_key_values", None)
+        # the argument's name in some releases of transformers is `cache`
+        name = "cache" if "cache" in signature(self.root.forward).parameters else "past_key_values"
+        out = self.root(input_ids=new, use_cache=True, **{name: self.cache})
+        cache = getattr(out, name, None)
         self.cache = cache if hasattr(cache, "reorder_cache") else None
         used = self.meter.take(len(self.tokens))
         self.usage, self.logits = (self.usage + used if cached else used), out.logits[:, -1]

@@ -117,7 +117,7 @@ def test_mixed_launches_are_held_against_parts_launches_and_streams() -> None:
     rows = [
         Row(key, name, kind, us)
         for name, kind, us in (
-            ("ours_w8a8_sym", "8bit", 100.0), ("ours_w4a8_g128_sym", "4bit", 100.0), ("ours_hot025", "mixed", 90.0),
+            ("ours_w8a8_sym", "8bit", 100.0), (f"ours_{W4A8}", "4bit", 100.0), ("ours_hot025", "mixed", 90.0),
             ("ours_hot025_split", "mixed", 99.0), ("ours_hot025_streams", "mixed", 81.0),
         )
     ]  # fmt: skip

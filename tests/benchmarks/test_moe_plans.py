@@ -44,7 +44,8 @@ def test_random_plans_are_seeded_and_differ() -> None:
 def test_solved_plans_hold_their_bits(name: str, tokens: int) -> None:
     plan = plan_of("bits:5", Cell(MODELS[name], tokens, "block"))
     assert [len(product) for product in plan] == [MODELS[name].experts] * 2
-    assert BITS - 0.1 < mean_bits(plan) <= BITS
+    # one of Mixtral's eight experts is a step of 0.33 bits in gate and up
+    assert BITS - 0.15 < mean_bits(plan) <= BITS
     parts = tuple(plan_of("bits:5", Cell(MODELS[name], tokens, part))[0] for part in PARTS[:2])
     assert parts == plan
 

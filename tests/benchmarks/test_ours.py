@@ -26,7 +26,7 @@ def test_a_row_comes_out(name: str, part: str, fake_backend: list[tuple[str, ...
 
 
 def test_uniform_contenders_ask_for_one_scheme(fake_backend: list[tuple[str, ...]]) -> None:
-    uniform("w4a8_g128_sym", CELL, "cpu")
+    uniform(W4A8, CELL, "cpu")
     assert {scheme for asked in fake_backend for scheme in asked} == {W4A8}
 
 

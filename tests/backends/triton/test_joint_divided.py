@@ -56,6 +56,7 @@ def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Divide whatever fits, by rule."""
     monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 0.0, "nibbles": 0.0, "scaled": 0.0})
     monkeypatch.setattr(choose_ada, "tuned_for", lambda _device: None)
+    monkeypatch.setattr(joint, "DIVIDES", True)
     choose_ada.choose.cache_clear()
     yield
     choose_ada.choose.cache_clear()
