@@ -62,6 +62,8 @@ SLOWEST = 1.5
 """Entries that take longer than so many times the fastest of their class and kind of kernel are left out."""
 LEAST_TALL = 0.5
 """What part of a mean expert's rows the divided kernel's tallest tile has at least, where there is one as tall."""
+MOST_LOW = 2.0
+"""How many times a mean expert's rows its lowest tile has at most, unless there is none lower."""
 
 Change = tuple[str, object]
 Bound = tuple[int, int | None]
@@ -96,7 +98,7 @@ def divided_configs(gemm: Gemm, rows: float) -> tuple[Config, ...]:
     def suits(config: Config) -> bool:
         heights = [height for _, shape in config.shapes for height in shape.heights]
         wanted = LEAST_TALL * min(rows, max(hopper.HEIGHTS))
-        return min(heights) <= max(rows, min(hopper.HEIGHTS)) and max(heights) >= wanted
+        return min(heights) <= max(MOST_LOW * rows, min(hopper.HEIGHTS)) and max(heights) >= wanted
 
     return tuple(config for config in hopper.candidates(gemm) if suits(config))
 
