@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,17 @@ def circumstances() -> dict[str, Any]:
     return {
         "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
         "versions": {"python": platform.python_version(), **versions},
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *map(_shown, sys.argv)]),
     }
+
+
+def _shown(word: str) -> str:
+    """Word of a command as another machine can take it: of a path from the root on, what is below here, or its end."""
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
 
 
 def write_result(name: str, figures: dict[str, Any]) -> Path:

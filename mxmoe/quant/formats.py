@@ -66,7 +66,7 @@ class Affine:
             return torch.where(mean > 0, storable_scale(mean, 1, dtype), 0.0).to(dtype), None
         steps = 2 ** (scheme.weight_bits - 1) - 1
         if scheme.integer_scales:
-            return multiples_above(groups.abs().amax(-1).double() / steps, steps), None
+            return multiples_above(_own_scales(groups, steps), steps), None
         return _fit_largest(groups, steps, dtype), None
 
     def encode(self, weight: Tensor, scheme: Scheme, scale: Tensor | None, zero: Tensor | None) -> Tensor:
@@ -148,8 +148,15 @@ def to_e4m3(x: Tensor) -> Tensor:
 
 def _fit_largest(groups: Tensor, steps: float, dtype: torch.dtype) -> Tensor:
     """Scale [..., groups] that brings the largest magnitude of each group to `steps`; 1 for a group of zeros."""
+    own = _own_scales(groups, steps)
+    return torch.where(own > 0, storable_scale(own, steps, dtype), 1.0).to(dtype)
+
+
+def _own_scales(groups: Tensor, steps: float) -> Tensor:
+    """Scale [..., groups], float64, that brings the largest magnitude of each group to `steps`; 0 for zeros."""
     largest = groups.abs().amax(-1).double()
-    return torch.where(largest > 0, storable_scale(largest / steps, steps, dtype), 1.0).to(dtype)
+    # by a number, CUDA multiplies with its inverse, and scales would differ in the last bit from those of the CPU
+    return largest / torch.full((), steps, dtype=torch.float64, device=largest.device)
 
 
 def _lengths(weight: Tensor, scheme: Scheme) -> Tensor:

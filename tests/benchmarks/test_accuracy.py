@@ -31,7 +31,8 @@ SCHEMES = tuple(
     map(Scheme.parse, ("w2a16_g32_asym", "w4a16_g32_asym", "w4a4_g32_sym", "w5a5_sym", "w8a8_sym", "w8a8_e4m3"))
 )
 BLOCK = 32
-IDS = torch.arange(96).view(2, 48) * 7 % 64
+# with some others a code lies at a rounding border, and sums in another order turn it
+IDS = torch.arange(96).view(2, 48) * 5 % 64
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +79,7 @@ def test_a_mixed_model_computes_what_the_eager_backend_does(
         found = mixed.model(input_ids=IDS).logits
         wanted = mxmoe.compile(copy.deepcopy(model), "eager", plan=plan, quiet=True)(input_ids=IDS).logits
         plain = model(input_ids=IDS).logits
-    # sums in another order turn a code here and there, which counts most where codes are fine
-    assert (found - wanted).norm() < 0.04 * (plain - wanted).norm()
+    assert (found - wanted).norm() < 0.02 * (plain - wanted).norm()
 
 
 def test_unquantized_it_is_the_model(model: Qwen2MoeForCausalLM) -> None:

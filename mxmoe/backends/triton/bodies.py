@@ -128,6 +128,22 @@ def _rows_of(at_x: tl.tensor, k: tl.tensor, K: tl.constexpr, UNIT: tl.constexpr)
 
 
 @triton.jit
+def _units_of(
+    weight: tl.tensor, beside: tl.tensor, meta: tl.tensor, meta_beside: tl.tensor, first: tl.tensor, unit0: tl.tensor,
+    N: tl.constexpr, UNITS: tl.constexpr, BN: tl.constexpr, GATED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Addresses of a tile's first unit of 4-bit codes [BN, 64], and of a number for each of its rows [BN]."""
+    block, row, side = _block(first, N, BN, GATED)
+    at_w = weight + ((block * UNITS + unit0).to(tl.int64) * (ROWS * PART) + row * PART)[:, None]
+    at_w += tl.arange(0, PART)[None, :]
+    at_meta = meta + (block * UNITS + unit0) * ROWS + row
+    if GATED:
+        at_w += (side * beside)[:, None]
+        at_meta += side * meta_beside
+    return at_w, at_meta
+
+
+@triton.jit
 def nibbles(
     x: tl.tensor, x_scale: tl.tensor, source: tl.tensor, weight: tl.tensor, beside: tl.tensor, scale: tl.tensor,
     scale_beside: tl.tensor, first: tl.tensor, unit0: tl.tensor,
@@ -145,13 +161,7 @@ def nibbles(
     UNITS: tl.constexpr = (K + 127) // 128
     MINE: tl.constexpr = (UNITS + PARTS - 1) // PARTS
     FLOAT: tl.constexpr = x.dtype.element_ty != tl.int8
-    block, row, side = _block(first, N, BN, GATED)
-    at_w = weight + ((block * UNITS + unit0).to(tl.int64) * (ROWS * PART) + row * PART)[:, None]
-    at_w += tl.arange(0, PART)[None, :]
-    at_s = scale + (block * UNITS + unit0) * ROWS + row
-    if GATED:
-        at_w += (side * beside)[:, None]
-        at_s += side * scale_beside
+    at_w, at_s = _units_of(weight, beside, scale, scale_beside, first, unit0, N, UNITS, BN, GATED)
     k = tl.arange(0, PART) + unit0 * 128
     at_x = x + source[None, :] * K + k[:, None]
     at_r = x_scale + source * UNITS + unit0
@@ -201,13 +211,7 @@ def scaled(
     """
     UNITS: tl.constexpr = (K + 127) // 128
     MINE: tl.constexpr = (UNITS + PARTS - 1) // PARTS
-    block, row, side = _block(first, N, BN, GATED)
-    at_w = weight + ((block * UNITS + unit0).to(tl.int64) * (ROWS * PART) + row * PART)[:, None]
-    at_w += tl.arange(0, PART)[None, :]
-    at_m = multiplier + (block * UNITS + unit0) * ROWS + row
-    if GATED:
-        at_w += (side * beside)[:, None]
-        at_m += side * multiplier_beside
+    at_w, at_m = _units_of(weight, beside, multiplier, multiplier_beside, first, unit0, N, UNITS, BN, GATED)
     k = tl.arange(0, PART) + unit0 * 128
     at_x = x + source[None, :] * K + k[:, None]
     steps = MINE

@@ -16,7 +16,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from mxmoe.backends.triton.decode import E4M3_STEP, HIGH_NIBBLES, INT8_STEP, SUBNORMALS
 from mxmoe.backends.triton.kernels_hopper_ring import (
-    BIAS,
     COLUMNS,
     FIRST,
     GATED,
@@ -28,12 +27,10 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     K,
     N,
     addresses,
-    biases_of,
     fetch,
     find,
     next_buffer,
-    scales_of,
-    store,
+    store_channels,
     take,
 )
 
@@ -205,22 +202,10 @@ def store_turns(
 ) -> None:  # fmt: skip
     """Part what `in_turn` joined, and store 32 channels of both halves; BY_CHANNEL: times their scales."""
     TALL: gl.constexpr = S[HEIGHT]
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [4, 8], [1, 4], [0, 1])
     a, b = gl.split(gl.permute(gl.reshape(y, (4, 2, 8, TALL)), (0, 2, 3, 1)))
     a = gl.reshape(a, (32, TALL))
     b = gl.reshape(b, (32, TALL))
-    n = gl.arange(0, 32, gl.SliceLayout(1, a.type.layout))
-    if BY_CHANNEL:
-        s0, s1 = scales_of(arena, base_ptr, expert, n0, n1, n, S)
-        a = a * s0[:, None]
-        b = b * s1[:, None]
-    if S[BIAS]:
-        b0, b1 = biases_of(bias_ptr, expert, n0, n1, n, S)
-        a = a + b0[:, None]
-        b = b + b1[:, None]
-    m_out = gl.arange(0, TALL, gl.SliceLayout(0, OUT))
-    n_out = gl.arange(0, 32, gl.SliceLayout(1, OUT))
-    store(a, b, y_ptr, row, rows, m_out, n_out, n0, n1, 1, OUT, S)
+    store_channels(a, b, arena, base_ptr, bias_ptr, y_ptr, expert, row, rows, n0, n1, 32, BY_CHANNEL, S)
 
 
 @gluon.jit

@@ -188,3 +188,25 @@ def store(
         gl.store(to + n0, a, mask=inside & gl.expand_dims(n < S[N] - n0, AXIS))
         b = gl.convert_layout(b.to(y_ptr.dtype.element_ty), LAYOUT)
         gl.store(to + n1, b, mask=inside & gl.expand_dims(n < S[N] - n1, AXIS))
+
+
+@gluon.jit
+def store_channels(
+    a: gl.tensor, b: gl.tensor, arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor, y_ptr: gl.tensor,
+    expert: gl.tensor, row: gl.tensor, rows: gl.tensor, n0: gl.tensor, n1: gl.tensor, CHANNELS: gl.constexpr,
+    BY_CHANNEL: gl.constexpr, S: gl.constexpr,
+) -> None:  # fmt: skip
+    """Store both halves [CHANNELS, rows] of Y^T, with their biases; BY_CHANNEL: times their scales."""
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [CHANNELS // 8, 256 // CHANNELS], [1, 4], [0, 1])
+    n = gl.arange(0, CHANNELS, gl.SliceLayout(1, a.type.layout))
+    if BY_CHANNEL:
+        s0, s1 = scales_of(arena, base_ptr, expert, n0, n1, n, S)
+        a = a * s0[:, None]
+        b = b * s1[:, None]
+    if S[BIAS]:
+        b0, b1 = biases_of(bias_ptr, expert, n0, n1, n, S)
+        a = a + b0[:, None]
+        b = b + b1[:, None]
+    m_out = gl.arange(0, S[HEIGHT], gl.SliceLayout(0, OUT))
+    n_out = gl.arange(0, CHANNELS, gl.SliceLayout(1, OUT))
+    store(a, b, y_ptr, row, rows, m_out, n_out, n0, n1, 1, OUT, S)

@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from mxmoe.backends.triton.decode import MIDDLES, MINUS_EIGHTS, MULTIPLIED, MULTIPLIED_REGISTERS
 from mxmoe.backends.triton.kernels_hopper_nibbles import HALF_ROW, codes_of, in_turn, side_by_side, store_turns
 from mxmoe.backends.triton.kernels_hopper_ring import (
-    BIAS,
     COLUMNS,
     FIRST,
     GATED,
@@ -33,12 +32,10 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     K,
     N,
     addresses,
-    biases_of,
     fetch,
     find,
     next_buffer,
-    scales_of,
-    store,
+    store_channels,
     take,
 )
 
@@ -209,26 +206,6 @@ def _sum_tall(
 
 
 @gluon.jit
-def _store_tall(
-    a: gl.tensor, b: gl.tensor, arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor, y_ptr: gl.tensor,
-    expert: gl.tensor, row: gl.tensor, rows: gl.tensor, n0: gl.tensor, n1: gl.tensor, S: gl.constexpr,
-) -> None:  # fmt: skip
-    """Store 64 channels of both halves, times their scales."""
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
-    n = gl.arange(0, 64, gl.SliceLayout(1, a.type.layout))
-    s0, s1 = scales_of(arena, base_ptr, expert, n0, n1, n, S)
-    a = a * s0[:, None]
-    b = b * s1[:, None]
-    if S[BIAS]:
-        b0, b1 = biases_of(bias_ptr, expert, n0, n1, n, S)
-        a = a + b0[:, None]
-        b = b + b1[:, None]
-    m_out = gl.arange(0, S[HEIGHT], gl.SliceLayout(0, OUT))
-    n_out = gl.arange(0, 64, gl.SliceLayout(1, OUT))
-    store(a, b, y_ptr, row, rows, m_out, n_out, n0, n1, 1, OUT, S)
-
-
-@gluon.jit
 def multiply_scaled(
     xd: gl.tensor, wd: gl.tensor, arena: gl.tensor, bias_ptr: gl.tensor, x_scale: gl.tensor, y_ptr: gl.tensor,
     tables: gl.tuple, ring: gl.tuple, post: gl.tuple, first: gl.tensor, count: gl.tensor, before: gl.tensor,
@@ -259,7 +236,7 @@ def multiply_scaled(
             a, b, s, phase = _sum_tall(xs, ws, ms, full, empty, s, phase, S, WG, ACC)
             a = a * r[None, :]
             b = b * r[None, :]
-            _store_tall(a, b, arena, base_ptr, bias_ptr, y_ptr, expert, row, rows, n0, n1, S)
+            store_channels(a, b, arena, base_ptr, bias_ptr, y_ptr, expert, row, rows, n0, n1, 64, True, S)
         else:
             acc, s, phase = _sum_low(xs, ws, ms, full, empty, s, phase, S, WG, ACC)
             store_turns(acc * r[None, :], arena, base_ptr, bias_ptr, y_ptr, expert, row, rows, n0, n1, True, S)
