@@ -4,7 +4,9 @@ What is fixed before any routing is known: the classes of tiles of a launch, its
 A *class* is (group of experts, tile height, tiles side by side). Experts of one scheme form a group; a group offers
 several heights, each a class. The order of the classes is the order in which their tiles are started, longest first.
 An expert with `count` rows is cut into *bands*: as many of the group's tallest height as fit, and the rest in one band
-of the smallest height that covers it. A band has as many tiles as its class has side by side (`n_tiles`; where K is
+of the smallest height that covers it; or, in groups that are *together*, of the tallest height too where the expert has
+a full band. That costs some operations, but all bands of the expert are of one class and run side by side, so that its
+weights come from memory once. A band has as many tiles as its class has side by side (`n_tiles`; where K is
 split, the caller counts every part as a tile).
 
 Everything that a schedule needs lies in one int32 buffer whose address never changes, so that a CUDA graph can hold it.
@@ -24,8 +26,11 @@ from mxmoe.errors import BadDispatch
 
 ALIGN = 8
 """int32 words; every table starts at a multiple of 32 bytes."""
-COLUMNS = 5
-"""Numbers of a class in the constants: group, height, next lower height, shift of the tallest height, n_tiles."""
+COLUMNS = 6
+"""
+Numbers of a class in the constants: group, height, next lower height, shift of the tallest height, n_tiles, and what
+stands for the next lower height where the rest lies beside a full band.
+"""
 MAX_SETS = 2
 """Tilings that one launch can build bands for: those of gate_up and of down."""
 BEYOND = 16
@@ -70,6 +75,8 @@ class Tiling:
 
     classes: tuple[TileClass, ...]
     group: tuple[int, ...]
+    together: frozenset[int] = frozenset()
+    """Groups whose experts, where they fill the tallest height, have all their rows in it."""
 
     def __post_init__(self) -> None:
         if not self.classes:
@@ -119,8 +126,11 @@ class Tiling:
         for one in self.classes:
             heights = self.heights[one.group]
             below = max((height for height in heights if height < one.height), default=0)
-            rows.append((one.group, one.height, below, heights[-1].bit_length() - 1, one.n_tiles))
-        rows += [(-2, 1, 0, 0, 0)] * (width - len(rows))
+            beside = below
+            if one.group in self.together:
+                beside = 0 if one.height == heights[-1] else one.height
+            rows.append((one.group, one.height, below, heights[-1].bit_length() - 1, one.n_tiles, beside))
+        rows += [(-2, 1, 0, 0, 0, 0)] * (width - len(rows))
         return torch.tensor(rows, dtype=torch.int32).T.contiguous()
 
 

@@ -35,7 +35,9 @@ HEIGHTS = (16, 32, 64, 128)
 """Rows of a tile."""
 WIDE_HEIGHTS = (HEIGHTS, (64, 128), (32, 64), (16,))
 NARROW_HEIGHTS = (HEIGHTS, (64, 128), (16, 32, 64), (64,))
-"""Those worth measuring together, where tiles of 64 rows are wide and where they are narrow."""
+"""Those worth measuring in one launch, where tiles of 64 rows are wide and where they are narrow."""
+TOGETHER_HEIGHTS = (HEIGHTS, (64, 128))
+"""Those worth measuring where an expert that fills a tile of 128 rows has all its rows in such tiles."""
 ENOUGH_ROWS = {"dense": 1.0, "nibbles": 4.0, "scaled": 4.0}
 """Rows of a mean active expert from which the kernel is taken where nothing was measured, by body."""
 LEAST_ROWS, MANY_ROWS = 2.0, 24.0
@@ -77,11 +79,14 @@ def fits(scheme: Scheme) -> bool:
     return body in ("dense", "scaled") or (body == "nibbles" and scheme.act_group_size is None)
 
 
-def config_for(gemm: Gemm, heights: Sequence[int] = HEIGHTS, *, is_narrow: bool = False) -> Config | None:
+def config_for(
+    gemm: Gemm, heights: Sequence[int] = HEIGHTS, *, is_narrow: bool = False, together: bool = False
+) -> Config | None:
     """
     Give the kernel's tiles of the given heights, or None where it does not multiply the GEMM.
 
-    Tiles of 16 and 32 rows are narrow ones, of half as many channels; those of 64 may be.
+    Tiles of 16 and 32 rows are narrow ones, of half as many channels; those of 64 may be. Experts that fill the tallest
+    tile may be kept `together` in such tiles, but those of bodies that are busy with decoding.
 
     It does not where it has no body for a scheme, where operands are of more kinds than it has rings, or where a row is
     no whole 16 bytes.
@@ -92,7 +97,7 @@ def config_for(gemm: Gemm, heights: Sequence[int] = HEIGHTS, *, is_narrow: bool 
         return None
     if len(operands_of(gemm)) > MOST_OPERANDS:
         return None
-    shapes = tuple((str(scheme), _shape(scheme, gemm, tuple(heights), is_narrow)) for scheme in gemm.distinct)
+    shapes = tuple((str(scheme), _shape(scheme, gemm, tuple(heights), is_narrow, together)) for scheme in gemm.distinct)
     return Config(WARPS, shapes, per_sm=1)
 
 
@@ -112,13 +117,15 @@ def with_always(gemm: Gemm, config: Config, tokens: int) -> Config:
     heights = HEIGHTS[:1] if tokens <= HEIGHTS[0] else HEIGHTS
     if tokens > MANY_ROWS and body_of(scheme) != "nibbles":
         heights = HEIGHTS[2:]
-    return replace(config, shapes=(*config.shapes, (ALWAYS, _shape(scheme, gemm, heights, False))))
+    return replace(config, shapes=(*config.shapes, (ALWAYS, _shape(scheme, gemm, heights))))
 
 
 def candidates(gemm: Gemm) -> tuple[Config, ...]:
     """Tiles worth measuring; none where the kernel does not multiply the GEMM."""
     made = [config_for(gemm, heights) for heights in WIDE_HEIGHTS]
     made += [config_for(gemm, heights, is_narrow=True) for heights in NARROW_HEIGHTS]
+    for is_narrow in (False, True):
+        made += [config_for(gemm, heights, is_narrow=is_narrow, together=True) for heights in TOGETHER_HEIGHTS]
     return tuple(dict.fromkeys(config for config in made if config is not None))
 
 
@@ -126,12 +133,15 @@ def _operands_of(gemm: Gemm, scheme: Scheme) -> Operands:
     return body_of(scheme) or "", gemm.row_kinds.index(RowKind.of(scheme))
 
 
-def _shape(scheme: Scheme, gemm: Gemm, heights: tuple[int, ...], is_narrow: bool) -> Shape:
+def _shape(
+    scheme: Scheme, gemm: Gemm, heights: tuple[int, ...], is_narrow: bool = False, together: bool = False
+) -> Shape:
     """What is left of an expert's rows comes last, as tiles that cost less."""
     sides = 1 + gemm.gated
     if body_of(scheme) != "nibbles":
         width = NARROW_WIDTH if is_narrow else CHANNELS
-        return Shape(heights, width // sides, 64 if scheme.act_bits == 16 else 128, STAGES[WIDE])
+        depth = 64 if scheme.act_bits == 16 else 128
+        return Shape(heights, width // sides, depth, STAGES[WIDE], together=together)
     return Shape(heights, CHANNELS // 2 // sides, 128, STAGES[NIBBLES])
 
 

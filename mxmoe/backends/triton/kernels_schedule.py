@@ -62,11 +62,12 @@ def _bands(
     below = tl.load(class_ptr + 2 * CP + c)[:, None]
     shift = tl.load(class_ptr + 3 * CP + c)[:, None]
     n_tiles = tl.load(class_ptr + 4 * CP + c)
+    below_beside = tl.load(class_ptr + 5 * CP + c)[:, None]
     mine = group[:, None] == tl.load(group_ptr + e)[None, :]
     full = counts[None, :] >> shift
     rest = counts[None, :] - (full << shift)
     is_tallest = (height >> shift) == 1
-    partial = ((rest > below) & (rest <= height)).to(tl.int32)
+    partial = ((rest > tl.where(full > 0, below_beside, below)) & (rest <= height)).to(tl.int32)
     n = tl.where(mine, tl.where(is_tallest, full, 0) + partial, 0)
     totals = tl.sum(n, 1)
     first = tl.cumsum(totals, 0) - totals
@@ -103,7 +104,7 @@ def _tables(
     _bands(counts, offsets, constants_ptr, class_ptr, ends_ptr, band_ptr, bands0, part, parts, EP, CP)
     if SETS == 2:
         _bands(
-            counts, offsets, constants_ptr + EP, class_ptr + 5 * CP, ends_ptr + 2 * CP, band_ptr + 3 * bands0, bands1,
+            counts, offsets, constants_ptr + EP, class_ptr + 6 * CP, ends_ptr + 2 * CP, band_ptr + 3 * bands0, bands1,
             part, parts, EP, CP,
         )  # fmt: skip
 
@@ -270,7 +271,7 @@ def tile_at(
     Tile of a launch -> (class, band, column).
 
     `ends_ptr` is the address of `class_band`, which `class_tile` follows after CP words; `class_ptr` that of the
-    classes in the constants, which begin after the groups: SETS * EP words, plus 5 * CP for the second tiling.
+    classes in the constants, which begin after the groups: SETS * EP words, plus 6 * CP for the second tiling.
     """
     c = tl.arange(0, CP)
     first_tile = tl.load(ends_ptr + CP + c)

@@ -144,7 +144,7 @@ def build_reference(tables: Tables, top_k_index: Tensor) -> None:
 
 
 def _bands_reference(tables: Tables, which: int, counts: list[int], offsets: list[int]) -> None:
-    """Bands of one tiling: the tallest height as often as it fits, then the smallest that covers the rest."""
+    """Bands of one tiling: the tallest height as often as it fits, then one that covers the rest."""
     tiling = tables.dispatch.tilings[which]
     bands: list[tuple[int, int, int]] = []
     class_band, class_tile = [0], [0]
@@ -156,7 +156,10 @@ def _bands_reference(tables: Tables, which: int, counts: list[int], offsets: lis
             full, rest = divmod(count, tallest)
             if one.height == tallest:
                 bands += [(expert, offset + at * tallest, tallest) for at in range(full)]
-            if rest and one.height == min(height for height in tiling.heights[one.group] if height >= rest):
+            last = min(height for height in tiling.heights[one.group] if height >= rest)
+            if full and one.group in tiling.together:
+                last = tallest
+            if rest and one.height == last:
                 bands.append((expert, offset + full * tallest, rest))
         class_band.append(len(bands))
         class_tile.append(class_tile[-1] + (class_band[-1] - class_band[-2]) * one.n_tiles)

@@ -23,7 +23,8 @@ WIDTHS = (64, 128, 256)
 @dataclass(frozen=True)
 class Shape:
     """
-    The tiles of the experts of one scheme, written `16,64x128k128s4` or with parts of k `16x64k128s4/2`.
+    The tiles of the experts of one scheme, written `16,64x128k128s4`, `...s4t` if they are `together`, or with parts of
+    k `16x64k128s4/2`.
 
     Raises:
         BadTiles: a number that the kernels are not made for.
@@ -39,6 +40,11 @@ class Shape:
     """Steps in flight."""
     parts: int = 1
     """Parts that k is split into, summed by whoever reads the result."""
+    together: bool = False
+    """
+    Whether an expert that fills the tallest height has its rest in such a tile, too: they run side by side, and its
+    weights come from memory once.
+    """
 
     def __post_init__(self) -> None:
         fits = self.heights == tuple(sorted(set(self.heights))) and set(self.heights) <= set(HEIGHTS)
@@ -49,7 +55,8 @@ class Shape:
 
     def __str__(self) -> str:
         heights = ",".join(map(str, self.heights))
-        return f"{heights}x{self.width}k{self.depth}s{self.stages}" + (f"/{self.parts}" if self.parts > 1 else "")
+        mark, parts = "t" * self.together, f"/{self.parts}" if self.parts > 1 else ""
+        return f"{heights}x{self.width}k{self.depth}s{self.stages}{mark}{parts}"
 
     @classmethod
     def parse(cls, text: str) -> Shape:
@@ -64,7 +71,8 @@ class Shape:
             width, _, rest = rest.partition("k")
             depth, _, rest = rest.partition("s")
             stages, _, parts = rest.partition("/")
-            return cls(tuple(map(int, heights.split(","))), int(width), int(depth), int(stages), int(parts or 1))
+            tall, is_together = tuple(map(int, heights.split(","))), stages.endswith("t")
+            return cls(tall, int(width), int(depth), int(stages.removesuffix("t")), int(parts or 1), is_together)
         except ValueError:
             reason = "write HEIGHT,HEIGHT x WIDTH k DEPTH s STAGES, e.g. 16,64x128k128s4"
             raise BadTiles(tiles=text, reason=reason) from None
@@ -136,6 +144,7 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
     """
     distinct, kinds = gemm.distinct, gemm.row_kinds
     rows: list[tuple[tuple[float, ...], TileClass, tuple[int, ...] | None]] = []
+    together: set[int] = set()
     first = gemm.schemes if gemm.always is None else gemm.schemes[:-1]
     sizes = [(scheme, gemm.n, gemm.k, 0) for scheme in distinct if scheme in first]
     groups = tuple([one[0] for one in sizes].index(scheme) for scheme in first)
@@ -145,6 +154,7 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
     for group, (scheme, n, k, lead) in enumerate(sizes):
         shape = config.shape_of_always(scheme) if lead else config.shape(scheme)
         columns = -(-n // shape.width) * shape.parts
+        together |= {group} if shape.together else set()
         for height in shape.heights:
             if scheme in gemm.apart:
                 rows.append(((1, group, -height), TileClass(group, height, columns), None))
@@ -158,7 +168,8 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
             time = tile_time(scheme, height, shape.width, k // shape.parts)
             rows.append(((0, -time), TileClass(group, height, columns), spec))
     rows.sort(key=lambda row: row[0])
-    return Tiling(tuple(row[1] for row in rows), groups), tuple(row[2] for row in rows if row[2] is not None)
+    tiling = Tiling(tuple(row[1] for row in rows), groups, frozenset(together))
+    return tiling, tuple(row[2] for row in rows if row[2] is not None)
 
 
 def _scale_group(scheme: Scheme) -> int:

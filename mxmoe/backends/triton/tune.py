@@ -62,6 +62,8 @@ SLOWEST = 1.5
 """Entries that take longer than so many times the fastest of their class and kind of kernel are left out."""
 LEAST_TALL = 0.5
 """What part of a mean expert's rows the divided kernel's tallest tile has at least, where there is one as tall."""
+MOST_OVER = 4.0
+"""How many times a mean expert's rows the busiest is taken to have: where none fills a tile, none is kept together."""
 MOST_LOW = 2.0
 """How many times a mean expert's rows its lowest tile has at most, unless there is none lower."""
 
@@ -97,6 +99,8 @@ def divided_configs(gemm: Gemm, rows: float) -> tuple[Config, ...]:
 
     def suits(config: Config) -> bool:
         heights = [height for _, shape in config.shapes for height in shape.heights]
+        if any(shape.together for _, shape in config.shapes) and rows * MOST_OVER < max(heights):
+            return False
         wanted = LEAST_TALL * min(rows, max(hopper.HEIGHTS))
         return min(heights) <= max(MOST_LOW * rows, min(hopper.HEIGHTS)) and max(heights) >= wanted
 

@@ -40,6 +40,7 @@ KERNELS: Mapping[str, tuple[str, tuple[str, ...]]] = {
             "kernels_hopper_dense",
             "kernels_hopper_nibbles",
             "kernels_hopper_ring",
+            "kernels_hopper_scaled",
         ),
     ),
 }

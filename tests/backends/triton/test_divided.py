@@ -20,7 +20,7 @@ from mxmoe.backends.triton.choose_ada import choose, config_for
 from mxmoe.backends.triton.launch import Epilogue, reads_sorted, run_gemm
 from mxmoe.backends.triton.measure import Clock, add_rows, read_rows
 from mxmoe.backends.triton.profile import gain_of_mixes, launches, profile_jobs
-from mxmoe.backends.triton.tiles import Config, Gemm
+from mxmoe.backends.triton.tiles import Config, Gemm, Shape
 from mxmoe.backends.triton.tuned import DIVIDED, WHOLE, Entry, Tuned, current_hashes, kind_of, parse_config
 from mxmoe.backends.triton.tuned import spell_config as spell
 from mxmoe.backends.triton.workloads import FIELDS, Job, Workload
@@ -144,14 +144,14 @@ def test_divided_configs_are_measured_in_every_class_before_changes(scheme: str,
         [one], (tokens,), (scheme,)
     )
     rows = mean_rows(one.gemm(scheme), tokens, one.top_k)
-    for config in (parse_config(job.config) for job in jobs[1 : 1 + count]):
-        heights = config.shapes[0][1].heights
-        assert min(heights) <= max(16, 2 * rows)
-        assert max(heights) >= min(rows, 128) / 2
+
+    def suits(shape: Shape) -> bool:
+        tall = shape.heights
+        return min(tall) <= max(16, 2 * rows) and max(tall) >= min(rows, 128) / 2 and (rows >= 32 or not shape.together)
+
+    assert all(suits(parse_config(job.config).shapes[0][1]) for job in jobs[1 : 1 + count])
     # and all that the kernel offers of such heights
-    offered = [config for config in hopper.candidates(one.gemm(scheme)) if fits]
-    tall = [config.shapes[0][1].heights for config in offered]
-    assert count == sum(min(each) <= max(16, 2 * rows) and max(each) >= min(rows, 128) / 2 for each in tall)
+    assert count == sum(suits(config.shapes[0][1]) for config in hopper.candidates(one.gemm(scheme)) if fits)
 
 
 def measured(*jobs: Job, us: dict[str, float]) -> list[dict[str, str]]:

@@ -56,6 +56,16 @@ def test_tiles_are_those_the_kernel_is_written_for(
         assert one.height in tall
 
 
+@pytest.mark.parametrize("name", DENSE + NIBBLES)
+def test_what_decodes_for_most_of_its_time_is_not_kept_together(name: str) -> None:
+    gemm = gemm_of((name,))
+    kept = {config for config in hopper.candidates(gemm) if config.shape(gemm.distinct[0]).together}
+    assert bool(kept) == (body_of(gemm.distinct[0]) != "nibbles")
+    for config in kept:
+        assert classes_of(gemm, config)[0].together == {0}
+        assert Shape.parse(str(config.shape(gemm.distinct[0]))) == config.shape(gemm.distinct[0])
+
+
 @given(st.lists(st.sampled_from(DENSE + NIBBLES), min_size=1, max_size=4), heights)
 @settings(max_examples=50, deadline=None)
 def test_a_ring_is_left_before_its_memory_is_another(names: list[str], tall: tuple[int, ...]) -> None:
@@ -187,26 +197,35 @@ CASES = [
     (gemm_of(("w8a8_e4m3", "w4a8_g128_sym_e4m3", "w4a8_g128_sym"), 192, 128, False), False),
     (gemm_of(("w4a8_g128_sym", "w8a8_sym", "w8a8_sym"), 384, 1152, False), False),
 ]
-TALL = [(16, 32, 64, 128), (64, 128), (16, 32), (32, 64)]
+MANY = (64, 128)
+CUTS = {
+    "all": ((16, 32, 64, 128), False, False),
+    "many": (MANY, False, True),
+    "few": ((16, 32), False, False),
+    "some": ((32, 64), False, False),
+    "many, narrow": (MANY, True, True),
+}
+"""Heights of tiles, whether those of 64 rows are narrow, and whether experts that fill a tile are kept together."""
 
 
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("tall", TALL, ids=str)
+@pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize(("gemm", "biased"), CASES)
-def test_products_are_those_of_the_definition(gemm: Gemm, biased: bool, tall: tuple[int, ...], alone: bool) -> None:
+def test_products_are_those_of_the_definition(gemm: Gemm, biased: bool, cut: str, alone: bool) -> None:
     if alone and not gemm.gated:
         pytest.skip("one matrix is alone anyway")
+    tall, is_narrow, together = CUTS[cut]
     # many rows for tall tiles, or some
-    tokens, top_k, experts = 2500 if tall == (64, 128) else 333, 2, len(gemm.schemes)
+    tokens, top_k, experts = 2500 if tall == MANY else 333, 2, len(gemm.schemes)
     made, matrices = weights_of(gemm, 1), 2 if gemm.gated else 1
     arena = allocate_arena(gemm.n, gemm.k, gemm.schemes, matrices, "cuda")
     for number, q in enumerate(made):
         put(arena, number // experts, number % experts, q)
     generator = torch.Generator().manual_seed(2)
     bias = torch.randn((matrices, experts, gemm.n), generator=generator) if biased else None
-    config = hopper.config_for(gemm, tall)
+    config = hopper.config_for(gemm, tall, is_narrow=is_narrow, together=together)
     assert config is not None
     tiling, _ = classes_of(gemm, config)
     tables = allocate(Dispatch(experts, top_k, tokens, (tiling,)), torch.device("cuda"))

@@ -39,10 +39,12 @@ class Case:
     index: Tensor
 
 
-def make_tiling(groups: tuple[tuple[int, ...], ...], group: tuple[int, ...], n_tiles: int) -> Tiling:
+def make_tiling(
+    groups: tuple[tuple[int, ...], ...], group: tuple[int, ...], n_tiles: int, together: frozenset[int] = frozenset()
+) -> Tiling:
     """Tallest classes first, each with its own number of tiles side by side."""
     pairs = sorted(((g, h) for g, heights in enumerate(groups) for h in heights), key=lambda pair: -pair[1])
-    return Tiling(tuple(TileClass(g, h, n_tiles + at % 3) for at, (g, h) in enumerate(pairs)), group)
+    return Tiling(tuple(TileClass(g, h, n_tiles + at % 3) for at, (g, h) in enumerate(pairs)), group, together)
 
 
 @st.composite
@@ -51,7 +53,8 @@ def tilings(draw: st.DrawFn, lanes: int) -> Tiling:
     # one seed instead of a list of draws: there are up to 302 experts
     random = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     group = torch.randint(0, len(groups), (lanes,), generator=random).tolist()
-    return make_tiling(tuple(groups), tuple(group), draw(st.integers(1, 5)))
+    together = frozenset(draw(st.sets(st.integers(0, len(groups) - 1))))
+    return make_tiling(tuple(groups), tuple(group), draw(st.integers(1, 5)), together)
 
 
 @st.composite
@@ -136,11 +139,13 @@ def test_every_row_and_column_is_covered_once(case: Case, depth: int) -> None:
         assert all(owners[place] == tiling.classes[classes[place]].n_tiles == len(columns[place]) for place in columns)
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("heights", HEIGHTS)
-def test_an_expert_has_one_partial_band_of_the_smallest_height_that_covers_it(heights: tuple[int, ...]) -> None:
+def test_an_expert_has_one_partial_band(heights: tuple[int, ...], together: bool) -> None:
+    """Of the smallest height that covers it; of the tallest, beside a full band of an expert that is together."""
     tallest = heights[-1]
     experts = 2 * tallest + 2
-    tiling = make_tiling((heights,), (0,) * experts, 1)
+    tiling = make_tiling((heights,), (0,) * experts, 1, frozenset({0} if together else ()))
     index = torch.cat([torch.full((count,), count) for count in range(experts)]).reshape(-1, 1)
     tables = make_reference(Case(Dispatch(experts, 1, len(index), (tiling,)), index))
     ends, expert = tables.table("class_band").tolist(), tables.table("band_expert").tolist()
@@ -151,7 +156,8 @@ def test_an_expert_has_one_partial_band_of_the_smallest_height_that_covers_it(he
              if expert[at] == count), reverse=True,
         )  # fmt: skip
         rest = count % tallest
-        last = [(min(height for height in heights if height >= rest), rest)] if rest else []
+        height = tallest if together and count >= tallest else min(height for height in heights if height >= rest)
+        last = [(height, rest)] if rest else []
         assert found == sorted([(tallest, tallest)] * (count // tallest) + last, reverse=True)
 
 
@@ -191,7 +197,7 @@ def walk_kernel(
     EP: tl.constexpr, CP: tl.constexpr, SETS: tl.constexpr, WHICH: tl.constexpr, DEPTH: tl.constexpr,
 ) -> None:  # fmt: skip
     tile = tl.program_id(0)
-    classes = constants + SETS * EP + WHICH * 5 * CP
+    classes = constants + SETS * EP + WHICH * 6 * CP
     found, band, column = kernels_schedule.tile_at(tile, words + 2 * EP + WHICH * 2 * CP, classes, CP, DEPTH)
     tl.store(out + 3 * tile, found)
     tl.store(out + 3 * tile + 1, band)

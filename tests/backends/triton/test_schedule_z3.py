@@ -14,6 +14,7 @@ from mxmoe.backends.triton.dispatch import Dispatch, TileClass, Tiling
 from mxmoe.backends.triton.schedule import allocate, build_reference, tile_in_class_reference
 
 HEIGHTS = ((16, 64, 128), (128,), (16, 32))
+cuts = pytest.mark.parametrize("together", [False, True])
 MOST = 2**31 - 1
 """Rows of an expert: all that an int32 can hold."""
 
@@ -23,22 +24,23 @@ Number = z3.ArithRef | int
 class Formulas:
     """What the kernel computes for one expert and class, over integers of z3 or of Python."""
 
-    def __init__(self, count: Number, heights: tuple[int, ...], height: int) -> None:
+    def __init__(self, count: Number, heights: tuple[int, ...], height: int, *, together: bool) -> None:
         tallest, below = heights[-1], max((other for other in heights if other < height), default=0)
         full = count / tallest if isinstance(count, z3.ArithRef) else count // tallest
         rest = count - full * tallest
         self.count, self.height, self.is_tallest = count, height, height == tallest
-        self.full, self.partial = full, (below, rest)
+        self.full, self.rest = full, rest
+        self.below, self.below_beside = below, (0 if self.is_tallest else height) if together else below
         self.taken = 0 if self.is_tallest else full * tallest
 
     def bands_z3(self) -> z3.ArithRef:
-        below, rest = self.partial
-        partial = z3.If(z3.And(rest > below, rest <= self.height), 1, 0)
+        below = z3.If(self.full > 0, self.below_beside, self.below)
+        partial = z3.If(z3.And(self.rest > below, self.rest <= self.height), 1, 0)
         return (self.full if self.is_tallest else 0) + partial
 
     def bands(self) -> int:
-        below, rest = self.partial
-        return (self.full if self.is_tallest else 0) + int(below < rest <= self.height)
+        below = self.below_beside if self.full > 0 else self.below
+        return (self.full if self.is_tallest else 0) + int(below < self.rest <= self.height)
 
     def first(self, band: Number) -> Number:
         return self.taken + band * self.height
@@ -52,12 +54,13 @@ def holds_for_all(claim: z3.BoolRef, *given: z3.BoolRef) -> bool:
     return solver.check() == z3.unsat
 
 
+@cuts
 @pytest.mark.parametrize("heights", HEIGHTS)
-def test_every_row_is_in_a_band(heights: tuple[int, ...]) -> None:
+def test_every_row_is_in_a_band(heights: tuple[int, ...], together: bool) -> None:
     count, row = z3.Ints("count row")
     covers: list[z3.BoolRef] = []
     for height in heights:
-        one = Formulas(count, heights, height)
+        one = Formulas(count, heights, height, together=together)
         # the only band of a class that can hold the row
         guess = (row - one.taken) / height
         low = one.first(guess)
@@ -66,10 +69,11 @@ def test_every_row_is_in_a_band(heights: tuple[int, ...]) -> None:
     assert not holds_for_all(z3.Or(*covers[:-1]), count >= 0, count <= MOST, row >= 0, row < count)
 
 
+@cuts
 @pytest.mark.parametrize("heights", HEIGHTS)
-def test_no_row_is_in_two_bands_and_no_band_leaves_its_expert(heights: tuple[int, ...]) -> None:
+def test_no_row_is_in_two_bands_and_no_band_leaves_its_expert(heights: tuple[int, ...], together: bool) -> None:
     count, row, i, j = z3.Ints("count row i j")
-    classes = [Formulas(count, heights, height) for height in heights]
+    classes = [Formulas(count, heights, height, together=together) for height in heights]
 
     def holds(one: Formulas, band: z3.ArithRef) -> z3.BoolRef:
         end = z3.If(one.first(band) + one.height < count, one.first(band) + one.height, count)
@@ -85,16 +89,17 @@ def test_no_row_is_in_two_bands_and_no_band_leaves_its_expert(heights: tuple[int
 
 
 def test_bands_of_experts_and_classes_have_places_of_their_own() -> None:
-    """Three experts with any counts, two groups: band numbers are distinct, without a gap, and ordered by class."""
+    """Three experts, two groups, one of them together: band numbers are distinct, without a gap, ordered by class."""
     counts = z3.Ints("a b c")
     group = (0, 1, 0)
     classes = ((0, 128), (1, 64), (0, 16), (1, 16))
     heights = {0: (16, 128), 1: (16, 64)}
-    bands = {
-        (at, expert): Formulas(counts[expert], heights[g], height).bands_z3() if group[expert] == g else z3.IntVal(0)
-        for at, (g, height) in enumerate(classes)
-        for expert in range(3)
-    }
+
+    def bands_of(expert: int, g: int, height: int) -> z3.ArithRef:
+        one = Formulas(counts[expert], heights[g], height, together=g == 0)
+        return one.bands_z3() if group[expert] == g else z3.IntVal(0)
+
+    bands = {(at, expert): bands_of(expert, *one) for at, one in enumerate(classes) for expert in range(3)}
     totals = [z3.Sum([bands[at, expert] for expert in range(3)]) for at in range(len(classes))]
     start = {
         (at, expert): z3.Sum([*totals[:at], *(bands[at, other] for other in range(expert)), z3.IntVal(0)])
@@ -111,10 +116,22 @@ def test_bands_of_experts_and_classes_have_places_of_their_own() -> None:
         assert holds_for_all(z3.And(start[key] + i >= 0, start[key] + i < everything), *bounds, i >= 0, i < bands[key])
 
 
+@cuts
 @pytest.mark.parametrize("heights", HEIGHTS)
-def test_the_twin_follows_the_formulas(heights: tuple[int, ...]) -> None:
+def test_an_expert_that_is_together_is_of_one_class(heights: tuple[int, ...], together: bool) -> None:
+    """Where it fills the tallest height; else it is anyhow. Without, it may be of two."""
+    count = z3.Int("count")
+    classes = [Formulas(count, heights, height, together=together) for height in heights]
+    used = z3.Sum([z3.If(one.bands_z3() > 0, 1, 0) for one in classes])
+    assert holds_for_all(used == 1, count > 0, count <= MOST) == (together or len(heights) == 1)
+
+
+@cuts
+@pytest.mark.parametrize("heights", HEIGHTS)
+def test_the_twin_follows_the_formulas(heights: tuple[int, ...], together: bool) -> None:
     experts = 2 * heights[-1] + 2
-    tiling = Tiling(tuple(TileClass(0, height, 1) for height in reversed(heights)), (0,) * experts)
+    classes = tuple(TileClass(0, height, 1) for height in reversed(heights))
+    tiling = Tiling(classes, (0,) * experts, frozenset({0} if together else ()))
     index = torch.arange(experts).repeat_interleave(torch.arange(experts)).reshape(-1, 1)
     tables = allocate(Dispatch(experts, 1, len(index), (tiling,)), "cpu")
     build_reference(tables, index)
@@ -123,7 +140,7 @@ def test_the_twin_follows_the_formulas(heights: tuple[int, ...]) -> None:
     for at, one in enumerate(tiling.classes):
         wanted: list[tuple[int, int]] = []
         for count in range(experts):
-            formulas = Formulas(count, heights, one.height)
+            formulas = Formulas(count, heights, one.height, together=together)
             wanted += [(count, offsets[count] + formulas.first(band)) for band in range(formulas.bands())]
         assert list(zip(expert, row, strict=True))[ends[at] : ends[at + 1]] == wanted
 

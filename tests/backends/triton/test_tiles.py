@@ -24,6 +24,7 @@ shapes = st.builds(
     st.sampled_from((32, 64, 128, 256)),
     st.integers(1, 8),
     st.integers(1, 8),
+    st.booleans(),
 )
 
 
@@ -43,6 +44,7 @@ def test_parsing_undoes_printing(shape: Shape) -> None:
 def test_how_tiles_are_spelled() -> None:
     assert str(Shape((16, 64), 128)) == "16,64x128k128s4"
     assert Shape.parse("16x64k128s4/2") == Shape((16,), 64, 128, 4, 2)
+    assert Shape.parse("16,64x64k128s3t/2") == Shape((16, 64), 64, 128, 3, 2, together=True)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,8 @@ def test_how_tiles_are_spelled() -> None:
         ("16x64k128s9", "1 to 8 steps"),
         ("16x64k128s4/0", "a step"),
         ("16x64k128s4/2/3", "write HEIGHT"),
+        ("16x64k128s4tt", "write HEIGHT"),
+        ("16x64k128s4/2t", "write HEIGHT"),
     ],
 )  # fmt: skip
 def test_what_no_kernel_is_made_for(text: str, reason: str) -> None:
