@@ -16,6 +16,14 @@ from mxmoe.backends.triton.kernels_schedule import place_few, schedule_part
 
 CAST, INTEGER, E4M3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
+# for sm_89 Triton's own cast goes by way of fp16, cut off, and so rounds twice
+_TO_E4M3 = tl.constexpr("""{
+.reg .b16 low, high;
+cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+mov.b32 $0, {low, high};
+}""")
+
 
 @triton.jit
 def _round(x: tl.tensor) -> Any:
@@ -30,6 +38,16 @@ def _round_e4m3(x: tl.tensor) -> Any:
     normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF
     small = _round(x * 512.0) * 0.001953125
     return tl.where(tl.abs(x) < 0.015625, small, normal.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _coded(ratio: tl.tensor, WAY: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr) -> Any:
+    """What `_quantize` gives, as codes: whole numbers already, or the nearest e4m3."""
+    if PTX and WAY == E4M3:
+        code = tl.inline_asm_elementwise(_TO_E4M3, "=r,r,r,r,r", [ratio], dtype=tl.float8e4nv, is_pure=True, pack=4)
+    else:
+        code = ratio.to(DTYPE)
+    return code
 
 
 @triton.jit
@@ -139,10 +157,10 @@ def _as_kind(
         scale = tl.zeros([1], tl.float32)
     elif GROUP:
         ratio, scale = _quantize(tl.reshape(x, (BLOCK // GROUP, GROUP)), WAY, STEPS, PTX)
-        code = tl.reshape(ratio, (1, BLOCK)).to(DTYPE)
+        code = _coded(tl.reshape(ratio, (1, BLOCK)), WAY, DTYPE, PTX)
     else:
         ratio, scale = _quantize(x, WAY, STEPS, PTX)
-        code = ratio.to(DTYPE)
+        code = _coded(ratio, WAY, DTYPE, PTX)
     return code, scale
 
 

@@ -153,6 +153,14 @@ def test_sorted_rows_are_quantized_once_and_stored_16_bytes_a_time(arch: int) ->
         assert facts.count("LDG.E.128") == block * 2 // (16 * threads)
 
 
+@pytest.mark.parametrize("arch", [89, 90])
+def test_codes_are_rounded_once(arch: int) -> None:
+    """Triton's cast to e4m3 for sm_89 goes by way of fp16."""
+    binary = compile_all([sorted_request((RowKind("e4m3", 8),), 2048, 4, arch)])[0]
+    assert "cvt.rn.satfinite.e4m3x2.f32" in binary.ptx
+    assert "f16.f32" not in binary.ptx.replace("bf16.f32", "")
+
+
 def test_no_token_has_no_sorted_row() -> None:
     dispatch = Dispatch(2, 2, 0, (Tiling((TileClass(0, 16, 1),), (0, 0)),))
     index = torch.empty((0, 2), dtype=torch.int64, device=DEVICE)
