@@ -26,7 +26,7 @@ from mxmoe.backends.triton.layout import ALIGN, KINDS, body_of
 from mxmoe.backends.triton.mode import interpreting, programs_at_once
 from mxmoe.backends.triton.operands import Epilogue, Matrices, Rows
 from mxmoe.backends.triton.rows import RowKind
-from mxmoe.backends.triton.tiles import ALWAYS, DIVIDED_WARPS, Config, Gemm, Shape, classes_of
+from mxmoe.backends.triton.tiles import ALWAYS, DIVIDED_WARPS, Config, Gemm, Shape, classes_of, shapes_of
 from mxmoe.ir import Scheme
 
 WARPS = DIVIDED_WARPS
@@ -60,9 +60,9 @@ _ELEMENTS = {
 
 NARROW_WIDTH = CHANNELS // 2
 """Of a tile of few rows of dense weights."""
-WIDE, NARROW, NIBBLES, SCALED, SCALED_LOW = 0, 1, 2, 3, 4
+WIDE, NARROW, NIBBLES, SCALED, SCALED_LOW, SLIM = 0, 1, 2, 3, 4, 5
 """Bodies: `kernels_hopper_ring`."""
-RINGS = {WIDE: WIDE, NARROW: NARROW, NIBBLES: NIBBLES, SCALED: WIDE, SCALED_LOW: NARROW}
+RINGS = {WIDE: WIDE, NARROW: NARROW, NIBBLES: NIBBLES, SCALED: WIDE, SCALED_LOW: NARROW, SLIM: WIDE}
 """Body -> the one whose ring of buffers it uses, its own or another's."""
 STAGES = {WIDE: 4, NARROW: 8, NIBBLES: 8}
 """Buffers in flight of each ring: what shared memory holds."""
@@ -80,12 +80,18 @@ def fits(scheme: Scheme) -> bool:
 
 
 def config_for(
-    gemm: Gemm, heights: Sequence[int] = HEIGHTS, *, is_narrow: bool = False, together: bool = False
+    gemm: Gemm,
+    heights: Sequence[int] = HEIGHTS,
+    *,
+    is_narrow: bool = False,
+    together: bool = False,
+    slim: bool = False,
 ) -> Config | None:
     """
     Give the kernel's tiles of the given heights, or None where it does not multiply the GEMM.
 
-    Tiles of 16 and 32 rows are narrow ones, of half as many channels; those of 64 may be. Experts that fill the tallest
+    Tiles of 16 and 32 rows are narrow ones, of half as many channels; those of 64 may be, and those of 128 rows of
+    dense weights where `slim`. Experts that fill the tallest
     tile may be kept `together` in such tiles, but those of bodies that are busy with decoding.
 
     It does not where it has no body for a scheme, where operands are of more kinds than it has rings, or where a row is
@@ -97,7 +103,8 @@ def config_for(
         return None
     if len(operands_of(gemm)) > MOST_OPERANDS:
         return None
-    shapes = tuple((str(scheme), _shape(scheme, gemm, tuple(heights), is_narrow, together)) for scheme in gemm.distinct)
+    tall = tuple(heights)
+    shapes = tuple((str(one), _shape(one, gemm, tall, is_narrow, together, slim)) for one in gemm.distinct)
     return Config(WARPS, shapes, per_sm=1)
 
 
@@ -108,7 +115,9 @@ def by_rule(gemm: Gemm, rows: float) -> Config | None:
         return None
     if rows <= LEAST_ROWS:
         return config_for(gemm, HEIGHTS[:1])
-    return config_for(gemm, HEIGHTS[2:] if rows > MANY_ROWS and "nibbles" not in bodies else HEIGHTS)
+    if rows <= MANY_ROWS or "nibbles" in bodies:
+        return config_for(gemm)
+    return config_for(gemm, HEIGHTS[2:], together=bodies == {"dense"})
 
 
 def with_always(gemm: Gemm, config: Config, tokens: int) -> Config:
@@ -126,6 +135,8 @@ def candidates(gemm: Gemm) -> tuple[Config, ...]:
     made += [config_for(gemm, heights, is_narrow=True) for heights in NARROW_HEIGHTS]
     for is_narrow in (False, True):
         made += [config_for(gemm, heights, is_narrow=is_narrow, together=True) for heights in TOGETHER_HEIGHTS]
+    if all(body_of(scheme) == "dense" for scheme in gemm.distinct):  # beside others the compiler runs out of registers
+        made += [config_for(gemm, heights, is_narrow=True, together=True, slim=True) for heights in TOGETHER_HEIGHTS]
     return tuple(dict.fromkeys(config for config in made if config is not None))
 
 
@@ -134,14 +145,20 @@ def _operands_of(gemm: Gemm, scheme: Scheme) -> Operands:
 
 
 def _shape(
-    scheme: Scheme, gemm: Gemm, heights: tuple[int, ...], is_narrow: bool = False, together: bool = False
+    scheme: Scheme,
+    gemm: Gemm,
+    heights: tuple[int, ...],
+    is_narrow: bool = False,
+    together: bool = False,
+    slim: bool = False,
 ) -> Shape:
     """What is left of an expert's rows comes last, as tiles that cost less."""
     sides = 1 + gemm.gated
     if body_of(scheme) != "nibbles":
         width = NARROW_WIDTH if is_narrow else CHANNELS
         depth = 64 if scheme.act_bits == 16 else 128
-        return Shape(heights, width // sides, depth, STAGES[WIDE], together=together)
+        is_slim = slim and body_of(scheme) == "dense"
+        return Shape(heights, width // sides, depth, STAGES[WIDE], together=together, slim=is_slim)
     return Shape(heights, CHANNELS // 2 // sides, 128, STAGES[NIBBLES])
 
 
@@ -195,8 +212,12 @@ def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> list[tuple[A
     Longest tiles come first, but that runs of one ring follow each other: between rings the memory has to be empty.
     """
     gemm = matrices.gemm
-    _, specs = classes_of(gemm, config)
-    fields = [dict(zip(kernels.FIELDS, spec, strict=True)) for spec in specs]
+    tiling, specs = classes_of(gemm, config)
+    shapes = shapes_of(gemm, config)
+    fields = [
+        {**dict(zip(kernels.FIELDS, spec, strict=True)), "slim": shapes[one.group].slim}
+        for one, spec in zip(tiling.classes, specs, strict=True)
+    ]
     operands = operands_of(gemm)
     launch = (
         *(len(gemm.schemes), config.grouping, int(gemm.gated), int(matrices.bias is not None)),
@@ -206,10 +227,11 @@ def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> list[tuple[A
     made: list[tuple[Any, ...]] = []
     barrier = 0
     for ring in rings:
-        kind, row_kind = ring
+        ring_kind, row_kind = ring
         mine = [place for place, field in enumerate(fields) if _ring_of(field, gemm) == ring]
         for place in mine:
             field = fields[place]
+            kind = _kind_of(field, gemm)
             body = KINDS[field["kind"]]
             is_always = field["lead"] > 0
             scales = len(gemm.row_kinds) if is_always else row_kind
@@ -217,13 +239,13 @@ def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> list[tuple[A
             columns = -(-field["n"] // _width_of(kind, gemm))
             made.append(
                 (
-                    field["n"], field["k"], *launch, _kind_of(field, gemm), field["height"], place, columns,
+                    field["n"], field["k"], *launch, kind, field["height"], place, columns,
                     field["group"] if kind == NIBBLES else 0, scales, held,
-                    barrier, STAGES[kind], int(place == mine[-1] and ring != rings[-1]),
+                    barrier, STAGES[ring_kind], int(place == mine[-1] and ring != rings[-1]),
                     (WRITES if gemm.gated else READS) if is_always else 0,
                 )
             )  # fmt: skip
-        barrier += STAGES[kind]
+        barrier += STAGES[ring_kind]
     return made
 
 
@@ -238,14 +260,16 @@ def _kind_of(field: dict[str, int], gemm: Gemm) -> int:
     body = KINDS[field["kind"]]
     if body == "nibbles":
         return NIBBLES
+    if field["slim"] and field["height"] == HEIGHTS[-1]:
+        return SLIM
     is_narrow = field["width"] == NARROW_WIDTH // (1 + gemm.gated)
     is_tall = field["height"] >= (TALL_BOX + is_narrow)
     return {"dense": (NARROW, WIDE), "scaled": (SCALED_LOW, SCALED)}[body][is_tall]
 
 
-def _width_of(ring: int, gemm: Gemm) -> int:
-    """Output channels, of each matrix, of the tiles of a ring."""
-    return (CHANNELS if ring == WIDE else NARROW_WIDTH) // (1 + gemm.gated)
+def _width_of(kind: int, gemm: Gemm) -> int:
+    """Output channels, of each matrix, of the tiles of a body."""
+    return (CHANNELS if kind in (WIDE, SCALED) else NARROW_WIDTH) // (1 + gemm.gated)
 
 
 def _ring_of(field: dict[str, int], gemm: Gemm) -> tuple[int, int]:

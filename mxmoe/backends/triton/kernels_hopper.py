@@ -36,6 +36,7 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     ROWS,
     SCALED,
     SCALED_LOW,
+    SLIM,
     STAGES,
     TALL_BOX,
     WIDE,
@@ -67,7 +68,7 @@ def _load_run(
     first, count = bands_of(tables[1], S)
     last = count * S[COLUMNS]
     xd = tall[S[RING]] if S[HEIGHT] >= TALL_BOX else low[S[RING]]
-    wd = narrow[S[RING]] if S[KIND] == NARROW else wide[S[RING]]
+    wd = narrow[S[RING]] if S[KIND] == NARROW or S[KIND] == SLIM else wide[S[RING]]
     shift = gl.load(always[0]) if S[APART] == READS else 0
     if tile < last:
         if S[KIND] == NIBBLES:
@@ -137,7 +138,7 @@ def _multiply_run(
                 xd, wide[S[RING]], arena, bias_ptr, x_scale, y_ptr, tables, ring, post, first, count, before,
                 tile, turn, s, phase, S, WG,
             )  # fmt: skip
-        elif S[KIND] == WIDE:
+        elif S[KIND] == WIDE or S[KIND] == SLIM:
             tile, turn, s, phase = multiply_tall(
                 xd, arena, bias_ptr, x_scale, y_ptr, tables, ring, post, first, count, before,
                 tile, turn, s, phase, S, WG,

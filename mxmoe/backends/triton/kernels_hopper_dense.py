@@ -5,7 +5,8 @@ Runs of weights as the matrix unit reads them, within `kernels_hopper.divided_ge
 A step is 128 bytes of k of a tile's weights and rows.
 
 - 128 rows and 256 channels, with a gate 128 of each matrix: Y = X W^T, and either warpgroup has 64 of the rows, none to
-  do where the band ends before them.
+  do where the band ends before them. Slim tiles have half as many channels: more tiles, of which fewer are left over
+  when the last ones run.
 - 64 rows and as many channels: the warpgroups take tiles in turn, so that one multiplies while the other stores.
 - 16 or 32 rows and 128 channels, with a gate 64 of each matrix: Y^T = W X^T, since a product has 64 rows at least; in
   turn. Weights are read once and little is multiplied, so tiles are narrow: what is left at the end is as long as one.
@@ -23,7 +24,9 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     FIRST,
     GATED,
     HEIGHT,
+    KIND,
     LOW_ROWS,
+    SLIM,
     STAGES,
     STEP,
     K,
@@ -52,6 +55,7 @@ def load_dense(
     HELD: gl.constexpr = 512 // S[STAGES] // BOX
     COPIES: gl.constexpr = S[HEIGHT] // BOX
     SQUARE: gl.constexpr = wd.block_type.shape[1]
+    SQUARES: gl.constexpr = 1024 // S[STAGES] // SQUARE
     xs = small._reinterpret(xd.dtype, [512 // BOX, BOX, STEP // BYTES], xd.layout)
     ws = big._reinterpret(wd.dtype, [1024 // SQUARE, 1, SQUARE, STEP // BYTES], wd.layout)
     last = count * S[COLUMNS]
@@ -71,8 +75,8 @@ def load_dense(
             barrier = full.index(S[FIRST] + s)
             mbarrier.wait(empty.index(S[FIRST] + s), phase)
             mbarrier.expect(barrier, (S[HEIGHT] + 2 * SQUARE) * STEP)
-            tma.async_copy_global_to_shared(wd, [slot0, n0, k], barrier, ws.index(2 * s))
-            tma.async_copy_global_to_shared(wd, [slot1, n1, k], barrier, ws.index(2 * s + 1))
+            tma.async_copy_global_to_shared(wd, [slot0, n0, k], barrier, ws.index(SQUARES * s))
+            tma.async_copy_global_to_shared(wd, [slot1, n1, k], barrier, ws.index(SQUARES * s + 1))
             for i in gl.static_range(COPIES):
                 tma.async_copy_global_to_shared(xd, [from_row + i * BOX, k], barrier, xs.index(s * HELD + i))
             s, phase = next_buffer(s, phase, S)
@@ -84,16 +88,17 @@ def _sum_tall(
     xs: gl.tensor, ws: gl.tensor, full: gl.tensor, empty: gl.tensor, s: gl.tensor, phase: gl.tensor, half: gl.tensor,
     S: gl.constexpr, BYTES: gl.constexpr, LAYOUT: gl.constexpr, SUM: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """Multiply 64 rows with 256 channels along all of k, the next step issued before the last one is waited for."""
-    acc = gl.zeros((64, 256), SUM, LAYOUT)
+    """Multiply 64 rows with a tile's channels along all of k, the next step issued before the last is waited for."""
+    AT: gl.constexpr = 2 if S[KIND] == SLIM else 1
+    acc = gl.zeros((64, 256 // AT), SUM, LAYOUT)
     mbarrier.wait(full.index(S[FIRST] + s), phase)
-    acc = warpgroup_mma(xs.index(2 * s + half), ws.index(s).permute((1, 0)), acc, use_acc=False, is_async=True)
+    acc = warpgroup_mma(xs.index(2 * s + half), ws.index(AT * s).permute((1, 0)), acc, use_acc=False, is_async=True)
     acc = warpgroup_mma_wait(1, deps=[acc])
     before = s
     s, phase = next_buffer(s, phase, S)
     for _ in range(STEP // BYTES, S[K], STEP // BYTES):
         mbarrier.wait(full.index(S[FIRST] + s), phase)
-        acc = warpgroup_mma(xs.index(2 * s + half), ws.index(s).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma(xs.index(2 * s + half), ws.index(AT * s).permute((1, 0)), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(empty.index(S[FIRST] + before), count=1)
         before = s
@@ -146,21 +151,22 @@ def multiply_tall(
     small, big, _, full, empty = ring
     BYTES: gl.constexpr = xd.dtype.primitive_bitwidth // 8
     SUM: gl.constexpr = gl.int32 if xd.dtype == gl.int8 else gl.float32
+    EACH: gl.constexpr = 64 if S[KIND] == SLIM else 128
     # an int8 product of 256 columns is an instruction that Triton has no name for
-    WIDTH: gl.constexpr = 128 if xd.dtype == gl.int8 else 256
+    WIDTH: gl.constexpr = 128 if xd.dtype == gl.int8 else 2 * EACH
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32 // BYTES])
-    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // EACH, EACH // 8], [4, 1], [1, 0])
     HALF: gl.constexpr = WG if S[HEIGHT] == 128 else 0
     xs = small._reinterpret(xd.dtype, [8, 64, STEP // BYTES], xd.layout)
-    ws = big._reinterpret(xd.dtype, [4, 256, STEP // BYTES], xd.layout)
-    n = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    ws = big._reinterpret(xd.dtype, [512 // EACH, 2 * EACH, STEP // BYTES], xd.layout)
+    n = gl.arange(0, EACH, gl.BlockedLayout([1], [32], [4], [0]))
     m = gl.arange(0, 64, gl.SliceLayout(1, ACC)) + 64 * HALF
     last = count * S[COLUMNS]
     expert1, row1, rows1, column1 = find(tile, first, count, band_ptr, bands, S)
     while tile < last:
         expert, row, rows = expert1, row1, rows1
-        n0 = column1 * (128 if S[GATED] else 256)
-        n1 = n0 if S[GATED] else n0 + 128
+        n0 = column1 * (EACH if S[GATED] else 2 * EACH)
+        n1 = n0 if S[GATED] else n0 + EACH
         mine = rows > 64 * WG if S[HEIGHT] == 128 else turn % 2 == WG
         tile = take(post, turn) - before
         turn += 1
@@ -170,7 +176,7 @@ def multiply_tall(
         expert1, row1, rows1, column1 = find(tile, first, count, band_ptr, bands, S)
         if mine:
             acc, s, phase = _sum_tall(xs, ws, full, empty, s, phase, HALF, S, BYTES, ACC, SUM)
-            a, b = gl.split(gl.permute(gl.reshape(acc, (64, 2, 128)), (0, 2, 1)))
+            a, b = gl.split(gl.permute(gl.reshape(acc, (64, 2, EACH)), (0, 2, 1)))
             CHANNELS: gl.constexpr = gl.SliceLayout(0, a.type.layout)
             if BYTES == 1:
                 by_row = gl.convert_layout(r, gl.SliceLayout(1, a.type.layout))[:, None]
@@ -181,7 +187,7 @@ def multiply_tall(
                 a = a + gl.convert_layout(b0, CHANNELS)[None, :]
                 b = b + gl.convert_layout(b1, CHANNELS)[None, :]
             m_out = gl.arange(0, 64, gl.SliceLayout(1, OUT)) + 64 * HALF
-            n_out = gl.arange(0, 128, gl.SliceLayout(0, OUT))
+            n_out = gl.arange(0, EACH, gl.SliceLayout(0, OUT))
             store(a, b, y_ptr, row, rows, m_out, n_out, n0, n1, 0, OUT, S)
         else:
             s, phase = _pass(full, empty, s, phase, S, BYTES)

@@ -62,7 +62,11 @@ NARROW = gl.constexpr(1)
 NIBBLES = gl.constexpr(2)
 SCALED = gl.constexpr(3)
 SCALED_LOW = gl.constexpr(4)
-"""Bodies: dense weights in tall tiles and in low ones, 4-bit weights, and those with integer scales like dense ones."""
+SLIM = gl.constexpr(5)
+"""
+Bodies: dense weights in tall tiles and in low ones, 4-bit weights, those with integer scales like dense ones, and dense
+weights in tall tiles of half as many channels.
+"""
 WRITES, READS = gl.constexpr(1), gl.constexpr(2)
 """Of rows that are `apart`; 0: all that a run reads and writes is sorted."""
 POSTS = gl.constexpr(4)

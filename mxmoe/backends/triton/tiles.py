@@ -16,6 +16,8 @@ DIVIDED_WARPS = 12
 """Warps of a program that divides loading and multiplying between them (`hopper.py`); no other config has as many."""
 ALWAYS = "always"
 """In place of a scheme: tiles of an expert that sees every token."""
+MARKS = "th"
+"""Letters of a shape that is together, or slim."""
 WIDTHS = (64, 128, 256)
 """Output channels of a tile, of each of the matrices where there are two."""
 
@@ -23,8 +25,8 @@ WIDTHS = (64, 128, 256)
 @dataclass(frozen=True)
 class Shape:
     """
-    The tiles of the experts of one scheme, written `16,64x128k128s4`, `...s4t` if they are `together`, or with parts of
-    k `16x64k128s4/2`.
+    The tiles of the experts of one scheme, written `16,64x128k128s4`, with a `t` after it if they are `together` and an
+    `h` if they are `slim`, or with parts of k `16x64k128s4/2`.
 
     Raises:
         BadTiles: a number that the kernels are not made for.
@@ -45,6 +47,8 @@ class Shape:
     Whether an expert that fills the tallest height has its rest in such a tile, too: they run side by side, and its
     weights come from memory once.
     """
+    slim: bool = False
+    """Whether tiles of the divided kernel's tallest height have half as many channels as usual."""
 
     def __post_init__(self) -> None:
         fits = self.heights == tuple(sorted(set(self.heights))) and set(self.heights) <= set(HEIGHTS)
@@ -55,8 +59,9 @@ class Shape:
 
     def __str__(self) -> str:
         heights = ",".join(map(str, self.heights))
-        mark, parts = "t" * self.together, f"/{self.parts}" if self.parts > 1 else ""
-        return f"{heights}x{self.width}k{self.depth}s{self.stages}{mark}{parts}"
+        marks = "".join(mark for mark, is_set in zip(MARKS, (self.together, self.slim), strict=True) if is_set)
+        parts = f"/{self.parts}" if self.parts > 1 else ""
+        return f"{heights}x{self.width}k{self.depth}s{self.stages}{marks}{parts}"
 
     @classmethod
     def parse(cls, text: str) -> Shape:
@@ -71,8 +76,14 @@ class Shape:
             width, _, rest = rest.partition("k")
             depth, _, rest = rest.partition("s")
             stages, _, parts = rest.partition("/")
-            tall, is_together = tuple(map(int, heights.split(","))), stages.endswith("t")
-            return cls(tall, int(width), int(depth), int(stages.removesuffix("t")), int(parts or 1), is_together)
+            number = stages.rstrip(MARKS)
+            marks = stages[len(number) :]
+            if marks not in ("", *MARKS, MARKS):
+                raise ValueError(marks)
+            set_ones = (mark in marks for mark in MARKS)
+            return cls(
+                tuple(map(int, heights.split(","))), int(width), int(depth), int(number), int(parts or 1), *set_ones
+            )  # fmt: skip
         except ValueError:
             reason = "write HEIGHT,HEIGHT x WIDTH k DEPTH s STAGES, e.g. 16,64x128k128s4"
             raise BadTiles(tiles=text, reason=reason) from None
@@ -151,8 +162,7 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
     if gemm.always is not None:
         groups += (len(sizes),)
         sizes.append((gemm.schemes[-1], *gemm.always, gemm.k))
-    for group, (scheme, n, k, lead) in enumerate(sizes):
-        shape = config.shape_of_always(scheme) if lead else config.shape(scheme)
+    for group, ((scheme, n, k, lead), shape) in enumerate(zip(sizes, shapes_of(gemm, config), strict=True)):
         columns = -(-n // shape.width) * shape.parts
         together |= {group} if shape.together else set()
         for height in shape.heights:
@@ -170,6 +180,14 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
     rows.sort(key=lambda row: row[0])
     tiling = Tiling(tuple(row[1] for row in rows), groups, frozenset(together))
     return tiling, tuple(row[2] for row in rows if row[2] is not None)
+
+
+def shapes_of(gemm: Gemm, config: Config) -> tuple[Shape, ...]:
+    """Tiles of every group of `classes_of`."""
+    if gemm.always is None:
+        return tuple(map(config.shape, gemm.distinct))
+    first = tuple(config.shape(scheme) for scheme in gemm.distinct if scheme in gemm.schemes[:-1])
+    return (*first, config.shape_of_always(gemm.schemes[-1]))
 
 
 def _scale_group(scheme: Scheme) -> int:

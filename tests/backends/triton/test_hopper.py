@@ -61,9 +61,25 @@ def test_what_decodes_for_most_of_its_time_is_not_kept_together(name: str) -> No
     gemm = gemm_of((name,))
     kept = {config for config in hopper.candidates(gemm) if config.shape(gemm.distinct[0]).together}
     assert bool(kept) == (body_of(gemm.distinct[0]) != "nibbles")
+    # a launch of many rows of dense weights may have slim tiles
+    slim = {config for config in kept if config.shape(gemm.distinct[0]).slim}
+    assert bool(slim) == (body_of(gemm.distinct[0]) == "dense")
     for config in kept:
         assert classes_of(gemm, config)[0].together == {0}
         assert Shape.parse(str(config.shape(gemm.distinct[0]))) == config.shape(gemm.distinct[0])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_slim_tiles_share_the_ring_of_tall_ones(gated: bool) -> None:
+    gemm = gemm_of(("w8a8_sym",), n=1000, gated=gated)
+    config = hopper.config_for(gemm, is_narrow=True, slim=True)
+    assert config is not None
+    matrices = Matrices(gemm, allocate_arena(1000, 512, gemm.schemes, 1 + gated, "cpu"), None)
+    runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper.runs(matrices, config, Epilogue())]
+    tall = next(run for run in runs if run["height"] == 128)
+    assert (tall["kind"], tall["stages"]) == (hopper.SLIM, hopper.STAGES[hopper.WIDE])
+    assert tall["columns"] == (16 if gated else 8)
+    assert all(run["kind"] == hopper.NARROW for run in runs if run is not tall)
 
 
 @given(st.lists(st.sampled_from(DENSE + NIBBLES), min_size=1, max_size=4), heights)
@@ -198,14 +214,15 @@ CASES = [
     (gemm_of(("w4a8_g128_sym", "w8a8_sym", "w8a8_sym"), 384, 1152, False), False),
 ]
 MANY = (64, 128)
-CUTS = {
-    "all": ((16, 32, 64, 128), False, False),
-    "many": (MANY, False, True),
-    "few": ((16, 32), False, False),
-    "some": ((32, 64), False, False),
-    "many, narrow": (MANY, True, True),
+CUTS: dict[str, tuple[tuple[int, ...], dict[str, bool]]] = {
+    "all": ((16, 32, 64, 128), {}),
+    "many": (MANY, {"together": True}),
+    "few": ((16, 32), {}),
+    "some": ((32, 64), {}),
+    "narrow": (MANY, {"is_narrow": True, "together": True}),
+    "slim": (MANY, {"is_narrow": True, "slim": True}),
 }
-"""Heights of tiles, whether those of 64 rows are narrow, and whether experts that fill a tile are kept together."""
+"""Heights of tiles, and how else they are cut."""
 
 
 @pytest.mark.gpu
@@ -216,7 +233,7 @@ CUTS = {
 def test_products_are_those_of_the_definition(gemm: Gemm, biased: bool, cut: str, alone: bool) -> None:
     if alone and not gemm.gated:
         pytest.skip("one matrix is alone anyway")
-    tall, is_narrow, together = CUTS[cut]
+    tall, options = CUTS[cut]
     # many rows for tall tiles, or some
     tokens, top_k, experts = 2500 if tall == MANY else 333, 2, len(gemm.schemes)
     made, matrices = weights_of(gemm, 1), 2 if gemm.gated else 1
@@ -225,7 +242,7 @@ def test_products_are_those_of_the_definition(gemm: Gemm, biased: bool, cut: str
         put(arena, number // experts, number % experts, q)
     generator = torch.Generator().manual_seed(2)
     bias = torch.randn((matrices, experts, gemm.n), generator=generator) if biased else None
-    config = hopper.config_for(gemm, tall, is_narrow=is_narrow, together=together)
+    config = hopper.config_for(gemm, tall, **options)
     assert config is not None
     tiling, _ = classes_of(gemm, config)
     tables = allocate(Dispatch(experts, top_k, tokens, (tiling,)), torch.device("cuda"))

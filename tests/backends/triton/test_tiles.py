@@ -25,6 +25,7 @@ shapes = st.builds(
     st.integers(1, 8),
     st.integers(1, 8),
     st.booleans(),
+    st.booleans(),
 )
 
 
@@ -45,6 +46,7 @@ def test_how_tiles_are_spelled() -> None:
     assert str(Shape((16, 64), 128)) == "16,64x128k128s4"
     assert Shape.parse("16x64k128s4/2") == Shape((16,), 64, 128, 4, 2)
     assert Shape.parse("16,64x64k128s3t/2") == Shape((16, 64), 64, 128, 3, 2, together=True)
+    assert str(Shape((128,), 64, together=True, slim=True)) == "128x64k128s4th"
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,7 @@ def test_how_tiles_are_spelled() -> None:
         ("16x64k128s4/0", "a step"),
         ("16x64k128s4/2/3", "write HEIGHT"),
         ("16x64k128s4tt", "write HEIGHT"),
+        ("16x64k128s4ht", "write HEIGHT"),
         ("16x64k128s4/2t", "write HEIGHT"),
     ],
 )  # fmt: skip
