@@ -46,16 +46,12 @@ MOST_TOKENS = 16
 """
 Tokens up to which banks run together whatever kernel multiplies them; beyond, where the divided one does both GEMMs.
 
-On an H200 that saves 20 to 25 us of a block of Qwen1.5-MoE with 1 to 16 tokens (`benchmarks/joined_banks.py`). Beyond,
-each has tiles of its own, and where loading is not divided from multiplying, the compiler would give every class of the
-shared expert's tiles memory for itself.
+On an H200 that saves 20 to 30 us of a block of Qwen1.5-MoE with 1 to 300 tokens (`benchmarks/joined_banks.py`). With
+many rows either bank has tiles of its own, and where loading is not divided from multiplying, the compiler would give
+every class of the shared expert's tiles memory for itself.
 """
-DIVIDES = False
-"""
-Whether joined launches may take the divided kernel, and so join beyond `MOST_TOKENS`.
-
-Off until its GPU tests (`test_joint_divided.py`) have been seen to pass as a whole and it has been timed there.
-"""
+DIVIDES = True
+"""Whether joined launches may take the divided kernel, and so join beyond `MOST_TOKENS`."""
 MOST_ROWS = 1 << 18
 """Assignments up to which banks run together: more tokens are run in turns (`executable.MAX_ROWS`)."""
 

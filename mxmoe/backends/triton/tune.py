@@ -62,6 +62,8 @@ SLOWEST = 1.5
 """Entries that take longer than so many times the fastest of their class and kind of kernel are left out."""
 LEAST_TALL = 0.5
 """What part of a mean expert's rows the divided kernel's tallest tile has at least, where there is one as tall."""
+LEAST_TILES = 132
+"""SMs of an H200: where k can be split instead, fewer tiles leave some idle, and the time depends on which."""
 MOST_OVER = 4.0
 """How many times a mean expert's rows the busiest is taken to have: where none fills a tile, none is kept together."""
 MOST_LOW = 2.0
@@ -94,8 +96,10 @@ def changes(gemm: Gemm, rule: Config, rows: float) -> Iterator[Config]:
             yield replace(rule, shapes=((name, one),))
 
 
-def divided_configs(gemm: Gemm, rows: float) -> tuple[Config, ...]:
-    """Configs of the divided kernel worth measuring for so many rows of a mean active expert."""
+def divided_configs(gemm: Gemm, rows: float, active: int) -> tuple[Config, ...]:
+    """Configs of the divided kernel worth measuring for so many rows of a mean active expert, of which `active` are."""
+    if not gemm.gated and active * -(-gemm.n // hopper.NARROW_WIDTH) < LEAST_TILES:
+        return ()
 
     def suits(config: Config) -> bool:
         heights = [height for _, shape in config.shapes for height in shape.heights]
@@ -126,7 +130,7 @@ def first_jobs(
     for scheme, one, count in itertools.product(schemes, workloads, tokens):
         gemm = one.gemm(scheme)
         rule, rows = by_rule(gemm, count, one.top_k), mean_rows(gemm, count, one.top_k)
-        divided = divided_configs(gemm, rows) if divides else ()
+        divided = divided_configs(gemm, rows, one.active(count)) if divides else ()
         # one token is compiled for by itself; the rule must do
         more = (*divided, *(changes(gemm, rule, rows) if count > 1 else ()))
         columns.append([Job(one, count, scheme, spell_config(config)) for config in dict.fromkeys((rule, *more))])
@@ -174,7 +178,7 @@ def set_jobs(
         gemm = one.gemm(plan)
         rule = by_rule(gemm, count, one.top_k)
         mean = mean_rows(gemm, count, one.top_k)
-        divided = divided_configs(gemm, mean) if divides else ()
+        divided = divided_configs(gemm, mean, one.active(count)) if divides else ()
         configs = [rule, *divided]
         # many rows are the divided kernel's wherever it multiplies the schemes
         for run in bounds_of(mean) if not divided or mean <= FEW else ():
@@ -232,11 +236,12 @@ def make_tuned(rows: Sequence[Mapping[str, str]], device: str, mixes: bool = Fal
     for (one, count, plan), times in _by_class(rows).items():
         gemm, scheme = one.gemm(plan), plan.rpartition(":")[2]
         before, mean = times.get(by_rule(gemm, count, one.top_k)), mean_rows(gemm, count, one.top_k)
-        divided = divided_configs(gemm, mean) if DIVIDED in kinds else ()
+        divided = divided_configs(gemm, mean, one.active(count)) if DIVIDED in kinds else ()
         if before is None or _is_cut_off(times, divided, plan):
             continue
         mean = round(mean, 3)
-        active = min(one.experts, count * one.top_k)
+        active = one.active(count)
+        times = {config: us for config, us in times.items() if kind_of(config) == WHOLE or config in divided}
         by_run: dict[Run, Config] = {}
         for config in sorted(times, key=times.__getitem__):
             by_run.setdefault(run_of(config), config)
@@ -263,7 +268,7 @@ def known_rows(
         if (one.n, one.k, one.gated) != (entry.n, entry.k, entry.gated):
             continue
         gemm = one.gemm(plan)
-        mean = (round(mean_rows(gemm, count, one.top_k), 3), min(one.experts, count * one.top_k))
+        mean = (round(mean_rows(gemm, count, one.top_k), 3), one.active(count))
         if mean == (entry.rows, entry.active) and entry.config != by_rule(gemm, count, one.top_k):
             key = Job(one, count, plan, spell_config(entry.config)).key
             yield {**dict(zip(FIELDS, key, strict=False)), "time_us": f"{entry.time_us:.3f}", "status": "ok"}

@@ -35,6 +35,10 @@ class Workload:
         """The GEMM with every expert's scheme."""
         return Gemm(self.n, self.k, schemes_of(plan, self.experts), self.gated)
 
+    def active(self, tokens: int) -> int:
+        """Experts that have rows, if tokens spread evenly."""
+        return min(self.experts, tokens * self.top_k)
+
 
 @dataclass(frozen=True)
 class Job:

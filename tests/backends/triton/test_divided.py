@@ -138,7 +138,9 @@ def test_divided_configs_are_measured_in_every_class_before_changes(scheme: str,
     kinds = [kind_of(parse_config(job.config)) for job in jobs]
     count = kinds.count(DIVIDED)
     fits = scheme in FITTING
-    assert count >= 2 if fits else count == 0
+    # fewer tiles than SMs, where parts of k would give more
+    is_small = not one.gated and one.active(tokens) * -(-one.n // 128) < 132
+    assert count >= 2 if fits and not is_small else count == 0
     assert kinds == [WHOLE, *[DIVIDED] * count, *[WHOLE] * (len(jobs) - 1 - count)]
     assert [job for job in jobs if kind_of(parse_config(job.config)) == WHOLE] == tune.first_jobs(
         [one], (tokens,), (scheme,)
@@ -151,7 +153,8 @@ def test_divided_configs_are_measured_in_every_class_before_changes(scheme: str,
 
     assert all(suits(parse_config(job.config).shapes[0][1]) for job in jobs[1 : 1 + count])
     # and all that the kernel offers of such heights
-    assert count == sum(suits(config.shapes[0][1]) for config in hopper.candidates(one.gemm(scheme)) if fits)
+    wanted = sum(suits(config.shapes[0][1]) for config in hopper.candidates(one.gemm(scheme)) if fits)
+    assert count == (0 if is_small else wanted)
 
 
 def measured(*jobs: Job, us: dict[str, float]) -> list[dict[str, str]]:
