@@ -139,7 +139,7 @@ def test_a_dry_run_shows_cells_and_command(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(sys, "path", list(sys.path))
     main(["--dry-run"])
     lines = capsys.readouterr().out.splitlines()
-    assert "mixtral 8192 gate_up ours_bits5 mixed" in lines
+    assert "mixtral 512 down ours_hot025 mixed" in lines
     assert lines[-1].startswith("ncu --profile-from-start off --clock-control none")
     assert lines[-1].endswith("--folder FOLDER --child")
 
