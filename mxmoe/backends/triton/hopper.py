@@ -38,6 +38,12 @@ NARROW_HEIGHTS = (HEIGHTS, (64, 128), (16, 32, 64), (64,))
 """Those worth measuring in one launch, where tiles of 64 rows are wide and where they are narrow."""
 TOGETHER_HEIGHTS = (HEIGHTS, (64, 128))
 """Those worth measuring where an expert that fills a tile of 128 rows has all its rows in such tiles."""
+BACKS: tuple[int, ...] = ()
+"""
+Every how manieth program may begin with low tiles (`Config.back`), among what is worth measuring.
+
+None, until tests on a GPU (`test_hopper.py`, the cuts `back` and `back, narrow`) have been seen to pass.
+"""
 ENOUGH_ROWS = {"dense": 1.0, "nibbles": 4.0, "scaled": 4.0}
 """Rows of a mean active expert from which the kernel is taken where nothing was measured, by body."""
 LEAST_ROWS, MANY_ROWS = 2.0, 24.0
@@ -134,7 +140,9 @@ def candidates(gemm: Gemm) -> tuple[Config, ...]:
     made = [config_for(gemm, heights) for heights in WIDE_HEIGHTS]
     made += [config_for(gemm, heights, is_narrow=True) for heights in NARROW_HEIGHTS]
     for is_narrow in (False, True):
-        made += [config_for(gemm, heights, is_narrow=is_narrow, together=True) for heights in TOGETHER_HEIGHTS]
+        kept = [config_for(gemm, heights, is_narrow=is_narrow, together=True) for heights in TOGETHER_HEIGHTS]
+        made += kept
+        made += [replace(config, back=back) for config in kept if config is not None for back in BACKS]
     if all(body_of(scheme) == "dense" for scheme in gemm.distinct):  # beside others the compiler runs out of registers
         made += [config_for(gemm, heights, is_narrow=True, together=True, slim=True) for heights in TOGETHER_HEIGHTS]
     return tuple(dict.fromkeys(config for config in made if config is not None))
@@ -224,6 +232,10 @@ def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> list[tuple[A
         *(epilogue.act, *epilogue.pair),
     )
     rings = list(dict.fromkeys(_ring_of(field, gemm) for field in fields))
+    reading = [_reads(field, gemm, rings) for field in fields]
+    back = config.back if 0 < sum(reading) < len(reading) else 0
+    if back:
+        rings.sort(key=lambda ring: ring[0] != WIDE)
     made: list[tuple[Any, ...]] = []
     barrier = 0
     for ring in rings:
@@ -241,12 +253,23 @@ def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> list[tuple[A
                 (
                     field["n"], field["k"], *launch, kind, field["height"], place, columns,
                     field["group"] if kind == NIBBLES else 0, scales, held,
-                    barrier, STAGES[ring_kind], int(place == mine[-1] and ring != rings[-1]),
+                    barrier, STAGES[ring_kind], int(place == mine[-1] and _leaves(ring, rings, back)),
                     (WRITES if gemm.gated else READS) if is_always else 0,
+                    *(int(reading[place]), int(not made or reading[place] != bool(made[-1][-3])), back),
                 )
             )  # fmt: skip
         barrier += STAGES[ring_kind]
     return made
+
+
+def _reads(field: dict[str, int], gemm: Gemm, rings: Sequence[tuple[int, int]]) -> bool:
+    """Say whether tiles of a class keep memory busy for most of their time: a ring's all do, or none."""
+    return field["height"] < HEIGHTS[-1] if len(rings) == 1 else _ring_of(field, gemm)[0] != WIDE
+
+
+def _leaves(ring: tuple[int, int], rings: Sequence[tuple[int, int]], back: int) -> bool:
+    """Say whether a ring's memory becomes another's: some programs come to the first ring after the last."""
+    return len(rings) > 1 and (back > 0 or ring != rings[-1])
 
 
 def operands_of(gemm: Gemm) -> tuple[Operands, ...]:

@@ -23,6 +23,8 @@ from mxmoe.backends.triton.kernels_hopper_dense import load_dense, multiply_low,
 from mxmoe.backends.triton.kernels_hopper_nibbles import load_nibbles, multiply_nibbles
 from mxmoe.backends.triton.kernels_hopper_ring import (
     APART,
+    BACK,
+    BEGINS,
     COLUMNS,
     FIRST,
     HEIGHT,
@@ -31,6 +33,7 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     NARROW,
     NIBBLES,
     POSTS,
+    READING,
     READS,
     RING,
     ROWS,
@@ -43,8 +46,12 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     WRITES,
     N,
     bands_of,
+    fetch,
     next_buffer,
+    place_of_program,
     run,
+    take,
+    walk_of,
 )
 from mxmoe.backends.triton.kernels_hopper_scaled import load_scaled, multiply_scaled
 
@@ -91,6 +98,27 @@ def _load_run(
 
 
 @gluon.jit
+def _load_part(
+    tall: gl.tuple, low: gl.tuple, wide: gl.tuple, narrow: gl.tuple, metas: gl.tensor, tables: gl.tuple,
+    ring: gl.tuple, post: gl.tuple, always: gl.tuple, is_back: gl.tensor, part: gl.tensor, backs: gl.tensor,
+    before: gl.tensor, tile: gl.tensor, turn: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """`_load_run` where there are two parts: of programs at the back, one part after the other, what reads first."""
+    READ: gl.constexpr = 1 if S[READING] else 0
+    if (is_back == 0) | (part != READ):
+        own, above = walk_of(tables, backs, S)
+        if S[BEGINS]:
+            before = above
+            if is_back != READ:
+                tile = fetch(own[4], post, turn) - before
+                turn += 1
+        before, tile, turn, s, phase = _load_run(
+            tall, low, wide, narrow, metas, own, ring, post, always, before, tile, turn, s, phase, S
+        )
+    return before, tile, turn, s, phase
+
+
+@gluon.jit
 def _load(
     tall: gl.tuple, low: gl.tuple, wide: gl.tuple, narrow: gl.tuple, metas: gl.tensor, tables: gl.tuple,
     ring: gl.tuple, post: gl.tuple, always: gl.tuple, RUNS: gl.constexpr,
@@ -101,14 +129,26 @@ def _load(
     turn = gl.to_tensor(0)
     s = gl.to_tensor(0)
     phase = gl.to_tensor(1)
-    for i in gl.static_range(len(RUNS)):
-        before, tile, turn, s, phase = _load_run(
-            tall, low, wide, narrow, metas, tables, ring, post, always, before, tile, turn, s, phase, run(RUNS, i)
-        )
+    ENDS: gl.constexpr = run(RUNS, 0)[BACK]
+    if ENDS:
+        is_back, tile, backs = place_of_program(ENDS)
+        for part in range(1 + is_back):
+            for i in gl.static_range(len(RUNS)):
+                before, tile, turn, s, phase = _load_part(
+                    tall, low, wide, narrow, metas, tables, ring, post, always, is_back, part, backs, before, tile,
+                    turn, s, phase, run(RUNS, i),
+                )  # fmt: skip
+    else:
+        for i in gl.static_range(len(RUNS)):
+            before, tile, turn, s, phase = _load_run(
+                tall, low, wide, narrow, metas, tables, ring, post, always, before, tile, turn, s, phase, run(RUNS, i)
+            )
     walk_ptr = tables[4]
     if gl.atomic_add(walk_ptr + 1, 1, sem="relaxed") == gl.num_programs(0) - 1:
         gl.store(walk_ptr, 0)
         gl.store(walk_ptr + 1, 0)
+        if ENDS:
+            gl.store(walk_ptr + 2, 0)
 
 
 @gluon.jit
@@ -155,6 +195,29 @@ def _multiply_run(
 
 
 @gluon.jit
+def _multiply_part(
+    tall: gl.tuple, low: gl.tuple, wide: gl.tuple, arena: gl.tensor, bias_ptr: gl.tensor, x_scales: gl.tuple,
+    y_ptr: gl.tensor, tables: gl.tuple, ring: gl.tuple, post: gl.tuple, always: gl.tuple, is_back: gl.tensor,
+    part: gl.tensor, backs: gl.tensor, before: gl.tensor, tile: gl.tensor, turn: gl.tensor, s: gl.tensor,
+    phase: gl.tensor, S: gl.constexpr, WG: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """`_multiply_run` where there are two parts, as `_load_part`."""
+    READ: gl.constexpr = 1 if S[READING] else 0
+    if (is_back == 0) | (part != READ):
+        own, above = walk_of(tables, backs, S)
+        if S[BEGINS]:
+            before = above
+            if is_back != READ:
+                tile = take(post, turn) - before
+                turn += 1
+        before, tile, turn, s, phase = _multiply_run(
+            tall, low, wide, arena, bias_ptr, x_scales, y_ptr, own, ring, post, always, before, tile, turn, s, phase,
+            S, WG,
+        )  # fmt: skip
+    return before, tile, turn, s, phase
+
+
+@gluon.jit
 def _multiply(
     tall: gl.tuple, low: gl.tuple, wide: gl.tuple, arena: gl.tensor, bias_ptr: gl.tensor, x_scales: gl.tuple,
     y_ptr: gl.tensor, tables: gl.tuple, ring: gl.tuple, post: gl.tuple, always: gl.tuple, RUNS: gl.constexpr,
@@ -166,11 +229,21 @@ def _multiply(
     turn = gl.to_tensor(0)
     s = gl.to_tensor(0)
     phase = gl.to_tensor(0)
-    for i in gl.static_range(len(RUNS)):
-        before, tile, turn, s, phase = _multiply_run(
-            tall, low, wide, arena, bias_ptr, x_scales, y_ptr, tables, ring, post, always, before, tile, turn, s,
-            phase, run(RUNS, i), WG,
-        )  # fmt: skip
+    ENDS: gl.constexpr = run(RUNS, 0)[BACK]
+    if ENDS:
+        is_back, tile, backs = place_of_program(ENDS)
+        for part in range(1 + is_back):
+            for i in gl.static_range(len(RUNS)):
+                before, tile, turn, s, phase = _multiply_part(
+                    tall, low, wide, arena, bias_ptr, x_scales, y_ptr, tables, ring, post, always, is_back, part, backs,
+                    before, tile, turn, s, phase, run(RUNS, i), WG,
+                )  # fmt: skip
+    else:
+        for i in gl.static_range(len(RUNS)):
+            before, tile, turn, s, phase = _multiply_run(
+                tall, low, wide, arena, bias_ptr, x_scales, y_ptr, tables, ring, post, always, before, tile, turn, s,
+                phase, run(RUNS, i), WG,
+            )  # fmt: skip
 
 
 @gluon.jit

@@ -6,6 +6,10 @@ A *run* is the tiles of one class of the schedule. The first tile of a program i
 warp fetches the number of the next one, counted over all runs, from a counter in memory, so that programs whose memory
 is slower get fewer, and posts it to the warpgroups. The warps of a program so walk the same tiles in the same order.
 Within a run `tile` counts from the run's first; what is left when the run is over is a tile of the next one.
+
+Tall tiles keep the matrix unit busy and low ones memory. So that both are at once, every BACK-th program may begin with
+the part of the runs that reads, and come to the other when no tile of it is left, while the others do the reverse; each
+part has a counter of its own then.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from mxmoe.backends.triton.kernels import act
 FIELDS = (
     *("n", "k", "lanes", "grouping", "gated", "bias", "act", "p", "q"),
     *("kind", "height", "place", "columns", "group", "rows", "ring", "first_barrier", "stages", "leaves"),
-    "apart",
+    *("apart", "reads", "begins", "back"),
 )
 """
 What a run is compiled for. The launch: matrix, experts, bands that share columns, whether there are two matrices and a
@@ -28,6 +32,8 @@ bias, the nonlinearity with its two numbers. The run: which body, rows of a tile
 a band, channels of a group (0: none), kind of rows, ring of buffers, the ring's first barrier, its buffers, and whether
 the next run uses the memory for another ring. An expert of its own size, which sees every token, has a matrix, rows and
 operands of its own, and its rows are `apart` between the GEMMs: in the order of tokens, where they are written or read.
+Where `back` is not 0, runs are in two parts: those that multiply for most of their time, then those that `reads` says
+read; a run that `begins` a part is its first.
 """
 N = gl.constexpr(0)
 K = gl.constexpr(1)
@@ -49,6 +55,9 @@ FIRST = gl.constexpr(16)
 STAGES = gl.constexpr(17)
 LEAVES = gl.constexpr(18)
 APART = gl.constexpr(19)
+READING = gl.constexpr(20)
+BEGINS = gl.constexpr(21)
+BACK = gl.constexpr(22)
 
 STEP = gl.constexpr(128)
 """Bytes of a row in a step of dense weights; channels of a step of 4-bit ones."""
@@ -79,6 +88,25 @@ SLOT = gl.constexpr(256)
 def run(runs: tuple, i: int) -> tuple:
     """What run `i` is compiled for."""
     return runs[i]
+
+
+@gluon.jit
+def place_of_program(EVERY: gl.constexpr) -> gl.tensor:
+    """Say whether this program begins with what reads, its number among those that begin alike, and how many do not."""
+    program = gl.program_id(0)
+    backs = gl.num_programs(0) // EVERY
+    is_back = (program % EVERY) == EVERY - 1
+    number = gl.where(is_back, program // EVERY, program - program // EVERY)
+    return is_back.to(gl.int32), number, backs
+
+
+@gluon.jit
+def walk_of(tables: gl.tuple, backs: gl.tensor, S: gl.constexpr) -> gl.tensor:
+    """Tables with the counter of a run's part, and what the numbers that it gives are too high by."""
+    base_ptr, ends_ptr, band_ptr, bands, walk_ptr = tables
+    begun = backs if S[READING] else gl.num_programs(0) - backs
+    counter = walk_ptr + 2 if S[READING] else walk_ptr
+    return (base_ptr, ends_ptr, band_ptr, bands, counter), gl.num_programs(0) - begun
 
 
 @gluon.jit

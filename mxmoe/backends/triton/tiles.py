@@ -103,6 +103,8 @@ class Config:
     """Bands that share columns before the next columns come, for the second-level cache."""
     registers: int | None = None
     """Most registers of a thread, None for the compiler's choice."""
+    back: int = 0
+    """Every so-manieth program of the divided kernel begins with its low tiles; 0: none does."""
 
     def shape(self, scheme: Scheme) -> Shape:
         """Tiles of a scheme."""

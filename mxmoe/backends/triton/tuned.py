@@ -54,11 +54,13 @@ def spell_config(config: Config) -> str:
     """
     Write a config as words, e.g. `w4g1r96 w8a8_sym=16,32x64k128s4`.
 
-    w: warps, g: grouping, r: registers, p: programs for each SM; those that a config does not set are left out.
+    w: warps, g: grouping, r: registers, p: programs for each SM, b: `back`; those that a config does not set are left
+    out.
     """
     head = f"w{config.warps}g{config.grouping}"
     head += f"r{config.registers}" if config.registers is not None else ""
     head += f"p{config.per_sm}" if config.per_sm else ""
+    head += f"b{config.back}" if config.back else ""
     return " ".join([head, *(f"{scheme}={shape}" for scheme, shape in config.shapes)])
 
 
@@ -73,7 +75,8 @@ def parse_config(text: str) -> Config:
     try:
         numbers = {letter: int(number) for letter, number in _pairs(head)}
         pairs = tuple((scheme, Shape.parse(shape)) for scheme, _, shape in (word.partition("=") for word in shapes))
-        return Config(numbers["w"], pairs, numbers.get("p", 0), numbers["g"], numbers.get("r"))
+        own = (numbers["w"], pairs, numbers.get("p", 0), numbers["g"], numbers.get("r"), numbers.get("b", 0))
+        return Config(*own)
     except (KeyError, ValueError) as error:
         raise BadTiles(tiles=text, reason="write w WARPS g GROUPING, then SCHEME=TILES") from error
 
@@ -83,8 +86,11 @@ def _pairs(head: str) -> list[tuple[str, str]]:
     return [(head[at], head[at + 1 : end]) for at, end in zip(starts, [*starts[1:], len(head)], strict=True)]
 
 
-Run = tuple[int, int | None, tuple[int, ...]]
-"""What all schemes of a launch share: warps, most registers, and of the divided kernel the heights of its tiles."""
+Run = tuple[int, int | None, tuple[int, ...], int]
+"""
+What all schemes of a launch share: warps, most registers, and of the divided kernel the heights of its tiles and which
+programs begin with low ones.
+"""
 
 
 def kind_of(config: Config) -> str:
@@ -94,7 +100,8 @@ def kind_of(config: Config) -> str:
 
 def run_of(config: Config) -> Run:
     """Give what the schemes of a launch with this config share."""
-    return config.warps, config.registers, config.shapes[0][1].heights if kind_of(config) == DIVIDED else ()
+    heights = config.shapes[0][1].heights if kind_of(config) == DIVIDED else ()
+    return config.warps, config.registers, heights, config.back
 
 
 @dataclass(frozen=True)
@@ -334,7 +341,8 @@ def _together(
 
     run = min(common, key=total)
     if divided is not None and run[0] == divided.warps:
-        return replace(divided, shapes=tuple((str(one), by[run].config.shape(one)) for one, by in found.items()))
+        shapes = tuple((str(one), by[run].config.shape(one)) for one, by in found.items())
+        return replace(divided, shapes=shapes, back=run[3])
     shapes = tuple(
         (str(scheme), replace(by_run[run].config.shape(scheme), parts=rule.shape(scheme).parts))
         for scheme, by_run in found.items()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from itertools import groupby
+from random import Random
 
 import pytest
 import torch
@@ -206,6 +208,92 @@ def wanted(gemm: Gemm, made: list[Quantized], rows: Rows, expert: int, source: T
     return apply_act("silu", sums[0], sums[1], {}) if gemm.gated else sums[0]
 
 
+@dataclass
+class Program:
+    """What a program does, as `kernels_hopper._load` has it: one fetch a step."""
+
+    runs: list[dict[str, int]]
+    counts: list[int]
+    is_back: bool
+    number: int
+    begun: tuple[int, int]
+    """Programs that begin with what multiplies, and with what reads."""
+    counters: list[int]
+    left: list[int] = field(default_factory=list[int])
+    """Rings in the order in which they were entered."""
+    taken: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+
+    def steps(self) -> Iterator[None]:
+        tile = self.number
+        for part in range(1 + self.is_back):
+            for at, run in enumerate(self.runs):
+                reads = run["reads"]
+                if self.is_back and part == reads:
+                    continue
+                if run["begins"] and self.is_back != bool(reads):
+                    tile = self._fetch(reads)
+                    yield
+                if not self.left or self.left[-1] != run["first_barrier"]:
+                    self.left.append(run["first_barrier"])
+                last = self.counts[at] * run["columns"]
+                while tile < last:
+                    self.taken.append((at, tile))
+                    # what `_load_run` counts from the run's first, all before it in its part taken off
+                    tile = self._fetch(reads) - sum(
+                        self.counts[i] * self.runs[i]["columns"] for i in range(at) if self.runs[i]["reads"] == reads
+                    )
+                    yield
+                tile -= last
+
+    def _fetch(self, reads: int) -> int:
+        self.counters[reads] += 1
+        return self.begun[reads] + self.counters[reads] - 1
+
+
+@given(
+    st.lists(st.sampled_from(DENSE + NIBBLES), min_size=1, max_size=4), heights, st.booleans(), st.integers(2, 4),
+    st.integers(1, 12), st.randoms(use_true_random=False),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_tiles_of_both_parts_are_taken_once(
+    names: list[str], tall: tuple[int, ...], is_narrow: bool, back: int, programs: int, random: Random
+) -> None:
+    gemm = gemm_of(tuple(names))
+    config = hopper.config_for(gemm, tall, is_narrow=is_narrow)
+    if config is None:
+        return
+    matrices = Matrices(gemm, allocate_arena(256, 512, gemm.schemes, 2, "cpu"), None)
+    config = replace(config, back=back)
+    runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper.runs(matrices, config, Epilogue("silu"))]
+    assert [run["place"] for run in runs if run["begins"]] == [
+        next(run["place"] for run in runs if run["reads"] == reads) for reads in dict.fromkeys(r["reads"] for r in runs)
+    ]
+    if not runs[0]["back"]:  # all read, or all multiply
+        assert len({run["reads"] for run in runs}) == 1 or not back
+        return
+    counts = [random.randint(0, 3) for _ in runs]
+    backs, counters = programs // back, [0, 0]
+    made = [
+        Program(
+            runs, counts, at % back == back - 1, at // back if at % back == back - 1 else at - at // back,
+            (programs - backs, backs), counters,
+        )
+        for at in range(programs)
+    ]  # fmt: skip
+    going = [one.steps() for one in made]
+    while going:
+        at = random.randrange(len(going))
+        if next(going[at], 0) is not None:
+            going.pop(at)
+    taken = sorted(one for program in made for one in program.taken)
+    assert taken == [(at, i) for at, run in enumerate(runs) for i in range(counts[at] * run["columns"])]
+    # a ring is entered once, and left where another follows, whichever part comes first
+    for program in made:
+        assert len(program.left) == len(set(program.left))
+    rings = [run["first_barrier"] for run in runs]
+    assert all(run["leaves"] == (rings[(at + 1) % len(rings)] != rings[at]) for at, run in enumerate(runs))
+
+
 CASES = [
     *((gemm_of((name,) * 3, n, k, gated), False) for name in DENSE + NIBBLES for n, k, gated in ((192, 640, True),)),
     *((gemm_of((name,) * 3, n, k, gated), True) for name in DENSE + NIBBLES for n, k, gated in ((320, 384, False),)),
@@ -221,6 +309,8 @@ CUTS: dict[str, tuple[tuple[int, ...], dict[str, bool]]] = {
     "some": ((32, 64), {}),
     "narrow": (MANY, {"is_narrow": True, "together": True}),
     "slim": (MANY, {"is_narrow": True, "slim": True}),
+    "back": (MANY, {"together": True}),
+    "back, narrow": ((16, 32, 64, 128), {"is_narrow": True}),
 }
 """Heights of tiles, and how else they are cut."""
 
@@ -244,6 +334,7 @@ def test_products_are_those_of_the_definition(gemm: Gemm, biased: bool, cut: str
     bias = torch.randn((matrices, experts, gemm.n), generator=generator) if biased else None
     config = hopper.config_for(gemm, tall, **options)
     assert config is not None
+    config = replace(config, back=3 if "back" in cut else 0)
     tiling, _ = classes_of(gemm, config)
     tables = allocate(Dispatch(experts, top_k, tokens, (tiling,)), torch.device("cuda"))
     # the last expert is used little, and some assignments are padding

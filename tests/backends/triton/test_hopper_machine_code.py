@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -35,8 +37,12 @@ MIXES = {
     ("w8a8_sym", "w4a8_g128_sym"): ("IGMMA",),
     ("bf16", "w4a8_sym_e4m3"): ("HGMMA", "QGMMA"),
     ("w4a8_g128_sym_iscale", "w8a8_sym"): ("IGMMA",),
+    ("w8a8_e4m3",): ("QGMMA",),
+    ("bf16", "w8a8_sym"): ("HGMMA", "IGMMA"),
 }
 """Schemes of a launch -> the matrix products that it must have."""
+SLIM, BACK = ("w8a8_e4m3",), ("bf16", "w8a8_sym")
+"""Which of these has slim tiles, and which programs that begin with low ones."""
 JOINED = (("w8a8_e4m3",),)
 """Schemes of blocks whose shared expert joins the routed ones."""
 
@@ -51,8 +57,9 @@ def test_divided_machine_code(names: tuple[str, ...], monkeypatch: pytest.Monkey
     monkeypatch.setattr(hopper, "programs_at_once", lambda _device: SM_COUNT)
     driver.set_active(Nowhere(90))  # pyright: ignore[reportArgumentType]
     gemm = Gemm(N, K, tuple(map(Scheme.parse, names)), gated=True)
-    config = hopper.config_for(gemm, TALL)
+    config = hopper.config_for(gemm, TALL, slim=names == SLIM)
     assert config is not None
+    config = replace(config, back=3 if names == BACK else 0)
     tables = allocate(Dispatch(len(names), TOP_K, TOKENS, (classes_of(gemm, config)[0],)), "cpu")
     rows = Rows(
         tuple(torch.empty((TOKENS * TOP_K, K), dtype=kind.dtype) for kind in gemm.row_kinds),

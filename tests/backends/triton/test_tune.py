@@ -66,12 +66,13 @@ SHAPES = st.builds(
     Shape,
     st.sets(st.sampled_from(HEIGHTS), min_size=1).map(lambda some: tuple(sorted(some))),
     *(st.sampled_from(WIDTHS), st.sampled_from((64, 128)), st.integers(1, 8), st.integers(1, 8)),
+    *(st.booleans(), st.booleans()),
 )
 CONFIGS = st.builds(
     Config,
     st.sampled_from((4, 8, 12)),
     st.dictionaries(st.sampled_from((W8, W4, "bf16")), SHAPES, min_size=1).map(lambda some: tuple(some.items())),
-    *(st.integers(0, 4), st.sampled_from((1, 8)), st.none() | st.integers(32, 255)),
+    *(st.integers(0, 4), st.sampled_from((1, 8)), st.none() | st.integers(32, 255), st.integers(0, 4)),
 )
 
 
