@@ -28,7 +28,7 @@ from mxmoe.target import find_target
 
 ARCH = 89
 EXPERTS, TOP_K, HIDDEN, WIDTH = 60, 4, 2048, 1408
-SCHEMES = ("bf16", "w8a8_e4m3", *find_target("triton-sm89").candidates)
+SCHEMES = ("bf16", "w8a8_e4m3", "w4a8_g128_sym_iscale", *find_target("triton-sm89").candidates)
 NATIVE = ("w4a4_sym", "w4a4_g128_sym")
 ROWS = (16, 32, 96, 300)
 """Rows of a mean active expert, one number in each regime of the tile rule."""

@@ -39,8 +39,9 @@ from mxmoe.ir import Scheme
 SPREAD = 2.6
 TOKENS = (512, 8192)
 BF16, W4A16, W4A16_G128, W8A8 = "bf16", "w4a16_asym", "w4a16_g128_asym", "w8a8_sym"
-W4A8, W4A4, W4A4_G128, FP8 = "w4a8_g128_sym", "w4a4_sym", "w4a4_g128_sym", "w8a8_e4m3"
-UNIFORM = (BF16, W4A16, W4A16_G128, W8A8, FP8, W4A8, W4A4, W4A4_G128)
+W4A8, W4A8_I, FP8 = "w4a8_g128_sym", "w4a8_g128_sym_iscale", "w8a8_e4m3"
+W4A4, W4A4_G128 = "w4a4_sym", "w4a4_g128_sym"
+UNIFORM = (BF16, W4A16, W4A16_G128, W8A8, FP8, W4A8, W4A8_I, W4A4, W4A4_G128)
 
 
 @dataclass(frozen=True)
