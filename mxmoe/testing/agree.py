@@ -38,8 +38,7 @@ def assert_backends_agree(
     """
     Run every block and bank of a module on each backend and compare with the first, the definition.
 
-    Outputs may differ by `mxmoe.quant.block_tolerance` of the schemes in use, relative to the norm of the output, and
-    twice the resolution of the tokens' type, in which the inputs of `down` may wait and the output is given. Where
+    Outputs may differ by `mxmoe.quant.block_tolerance` of the schemes in use, relative to the norm of the output. Where
     both executables have a `trace`, every role and expert is held to its own bound too, so that a wrong expert cannot
     hide behind large ones; otherwise, experts are run one by one to find the culprit.
 
@@ -77,7 +76,7 @@ class _Pair:
         if all(hasattr(executable, "trace") for executable in self._pair):
             left, right = (cast(Traced, executable).trace(*args) for executable in self._pair)
             counts = torch.bincount(routed.index.reshape(-1), minlength=self._bank.experts)[: self._bank.experts]
-            self._compare_traces(left, right, counts.tolist(), hidden.dtype, exact_integers)
+            self._compare_traces(left, right, counts.tolist(), exact_integers)
         out = [executable(*args) for executable in self._pair]
         for name, tensor in zip(self._names, out, strict=True):
             if tensor.shape != hidden.shape or tensor.dtype != hidden.dtype:
@@ -88,23 +87,15 @@ class _Pair:
             self._raise(error, allowed, self._first_expert(hidden, routed, allowed))
 
     def _compare_traces(
-        self,
-        left: Mapping[str, Tensor],
-        right: Mapping[str, Tensor],
-        counts: Sequence[int],
-        dtype: torch.dtype,
-        exact: bool,
+        self, left: Mapping[str, Tensor], right: Mapping[str, Tensor], counts: Sequence[int], exact: bool
     ) -> None:
-        # what down reads may wait in the type of the tokens
-        waits = 2 * torch.finfo(dtype).eps
         for role, schemes in self._schemes.items():
             parts = zip(left[role].split(counts), right[role].split(counts), strict=True)
             for expert, (a, b) in enumerate(parts):
                 scheme = schemes[expert] if schemes else None
                 if exact and role != "down" and scheme and scheme.act_format == "int" and not _same(a, b):
                     self._raise(relative_error(a, b), 0.0, f"{role} of expert {expert} in {scheme}")
-                own = tolerance(scheme) if scheme else _FLOAT32_ONLY
-                allowed = self._allowed(expert) + waits if role == "down" else own
+                allowed = self._allowed(expert) if role == "down" else tolerance(scheme) if scheme else _FLOAT32_ONLY
                 if (error := relative_error(a, b)) > allowed:
                     self._raise(error, allowed, f"{role} of expert {expert} in {scheme or 'dense weights'}")
 

@@ -97,8 +97,8 @@ def config_for(
     Give the kernel's tiles of the given heights, or None where it does not multiply the GEMM.
 
     Tiles of 16 and 32 rows are narrow ones, of half as many channels; those of 64 may be, and those of 128 rows of
-    dense weights where `slim`. Experts that fill the tallest
-    tile may be kept `together` in such tiles, but those of bodies that are busy with decoding.
+    dense weights where `slim`. Experts that fill the tallest tile may be kept `together` in such tiles, but those of
+    bodies that are busy with decoding.
 
     It does not where it has no body for a scheme, where operands are of more kinds than it has rings, or where a row is
     no whole 16 bytes.
@@ -143,7 +143,7 @@ def candidates(gemm: Gemm) -> tuple[Config, ...]:
         kept = [config_for(gemm, heights, is_narrow=is_narrow, together=True) for heights in TOGETHER_HEIGHTS]
         made += kept
         made += [replace(config, back=back) for config in kept if config is not None for back in BACKS]
-    if all(body_of(scheme) == "dense" for scheme in gemm.distinct):  # beside others the compiler runs out of registers
+    if all(body_of(scheme) == "dense" for scheme in gemm.distinct):
         made += [config_for(gemm, heights, is_narrow=True, together=True, slim=True) for heights in TOGETHER_HEIGHTS]
     return tuple(dict.fromkeys(config for config in made if config is not None))
 

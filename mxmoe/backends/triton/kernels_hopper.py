@@ -24,7 +24,6 @@ from mxmoe.backends.triton.kernels_hopper_nibbles import load_nibbles, multiply_
 from mxmoe.backends.triton.kernels_hopper_ring import (
     APART,
     BACK,
-    BEGINS,
     COLUMNS,
     FIRST,
     HEIGHT,
@@ -33,7 +32,6 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     NARROW,
     NIBBLES,
     POSTS,
-    READING,
     READS,
     RING,
     ROWS,
@@ -46,11 +44,11 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     WRITES,
     N,
     bands_of,
-    fetch,
+    enter,
+    is_on,
     next_buffer,
     place_of_program,
     run,
-    take,
     walk_of,
 )
 from mxmoe.backends.triton.kernels_hopper_scaled import load_scaled, multiply_scaled
@@ -104,14 +102,9 @@ def _load_part(
     before: gl.tensor, tile: gl.tensor, turn: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """`_load_run` where there are two parts: of programs at the back, one part after the other, what reads first."""
-    READ: gl.constexpr = 1 if S[READING] else 0
-    if (is_back == 0) | (part != READ):
+    if is_on(is_back, part, S):
         own, above = walk_of(tables, backs, S)
-        if S[BEGINS]:
-            before = above
-            if is_back != READ:
-                tile = fetch(own[4], post, turn) - before
-                turn += 1
+        before, tile, turn = enter(own[4], post, is_back, above, before, tile, turn, S, True)
         before, tile, turn, s, phase = _load_run(
             tall, low, wide, narrow, metas, own, ring, post, always, before, tile, turn, s, phase, S
         )
@@ -202,14 +195,9 @@ def _multiply_part(
     phase: gl.tensor, S: gl.constexpr, WG: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """`_multiply_run` where there are two parts, as `_load_part`."""
-    READ: gl.constexpr = 1 if S[READING] else 0
-    if (is_back == 0) | (part != READ):
+    if is_on(is_back, part, S):
         own, above = walk_of(tables, backs, S)
-        if S[BEGINS]:
-            before = above
-            if is_back != READ:
-                tile = take(post, turn) - before
-                turn += 1
+        before, tile, turn = enter(own[4], post, is_back, above, before, tile, turn, S, False)
         before, tile, turn, s, phase = _multiply_run(
             tall, low, wide, arena, bias_ptr, x_scales, y_ptr, own, ring, post, always, before, tile, turn, s, phase,
             S, WG,

@@ -110,6 +110,31 @@ def walk_of(tables: gl.tuple, backs: gl.tensor, S: gl.constexpr) -> gl.tensor:
 
 
 @gluon.jit
+def is_on(is_back: gl.tensor, part: gl.tensor, S: gl.constexpr) -> gl.tensor:
+    """Say whether a run is of this turn: programs in front have one for both parts, others what reads first."""
+    READ: gl.constexpr = 1 if S[READING] else 0
+    return (is_back == 0) | (part != READ)
+
+
+@gluon.jit
+def enter(
+    walk_ptr: gl.tensor, post: gl.tuple, is_back: gl.tensor, above: gl.tensor, before: gl.tensor, tile: gl.tensor,
+    turn: gl.tensor, S: gl.constexpr, LOADS: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Where a part begins, its count and first tile: this program's number in the part it began with, else the next."""
+    READ: gl.constexpr = 1 if S[READING] else 0
+    if S[BEGINS]:
+        before = above
+        if is_back != READ:
+            if LOADS:
+                tile = fetch(walk_ptr, post, turn) - before
+            else:
+                tile = take(post, turn) - before
+            turn += 1
+    return before, tile, turn
+
+
+@gluon.jit
 def bands_of(ends_ptr: gl.tensor, S: gl.constexpr) -> gl.tensor:
     """First band and number of bands of a run."""
     first = gl.load(ends_ptr + S[PLACE])

@@ -75,8 +75,8 @@ def parse_config(text: str) -> Config:
     try:
         numbers = {letter: int(number) for letter, number in _pairs(head)}
         pairs = tuple((scheme, Shape.parse(shape)) for scheme, _, shape in (word.partition("=") for word in shapes))
-        own = (numbers["w"], pairs, numbers.get("p", 0), numbers["g"], numbers.get("r"), numbers.get("b", 0))
-        return Config(*own)
+        optional = (numbers.get("r"), numbers.get("b", 0))
+        return Config(numbers["w"], pairs, numbers.get("p", 0), numbers["g"], *optional)
     except (KeyError, ValueError) as error:
         raise BadTiles(tiles=text, reason="write w WARPS g GROUPING, then SCHEME=TILES") from error
 
