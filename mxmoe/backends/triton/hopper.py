@@ -7,6 +7,7 @@ read in sorted order.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,16 @@ from mxmoe.backends.triton.layout import ALIGN, KINDS, body_of
 from mxmoe.backends.triton.mode import interpreting, programs_at_once
 from mxmoe.backends.triton.operands import Epilogue, Matrices, Rows
 from mxmoe.backends.triton.rows import RowKind
-from mxmoe.backends.triton.tiles import ALWAYS, DIVIDED_WARPS, Config, Gemm, Shape, classes_of, shapes_of
+from mxmoe.backends.triton.tiles import (
+    ALWAYS,
+    DIVIDED_WARPS,
+    Config,
+    Gemm,
+    Shape,
+    classes_of,
+    shapes_of,
+    tile_time,
+)
 from mxmoe.ir import Scheme
 
 WARPS = DIVIDED_WARPS
@@ -38,12 +48,8 @@ NARROW_HEIGHTS = (HEIGHTS, (64, 128), (16, 32, 64), (64,))
 """Those worth measuring in one launch, where tiles of 64 rows are wide and where they are narrow."""
 TOGETHER_HEIGHTS = (HEIGHTS, (64, 128))
 """Those worth measuring where an expert that fills a tile of 128 rows has all its rows in such tiles."""
-BACKS: tuple[int, ...] = ()
-"""
-Every how manieth program may begin with low tiles (`Config.back`), among what is worth measuring.
-
-None, until tests on a GPU (`test_hopper.py`, the cuts `back` and `back, narrow`) have been seen to pass.
-"""
+BACKS = (2, 3)
+"""Every how manieth program may begin with low tiles (`Config.back`), where experts of several bodies share a launch."""
 ENOUGH_ROWS = {"dense": 1.0, "nibbles": 4.0, "scaled": 4.0}
 """Rows of a mean active expert from which the kernel is taken where nothing was measured, by body."""
 LEAST_ROWS, MANY_ROWS = 2.0, 24.0
@@ -139,12 +145,14 @@ def candidates(gemm: Gemm) -> tuple[Config, ...]:
     """Tiles worth measuring; none where the kernel does not multiply the GEMM."""
     made = [config_for(gemm, heights) for heights in WIDE_HEIGHTS]
     made += [config_for(gemm, heights, is_narrow=True) for heights in NARROW_HEIGHTS]
-    for is_narrow in (False, True):
-        kept = [config_for(gemm, heights, is_narrow=is_narrow, together=True) for heights in TOGETHER_HEIGHTS]
-        made += kept
-        made += [replace(config, back=back) for config in kept if config is not None for back in BACKS]
-    if all(body_of(scheme) == "dense" for scheme in gemm.distinct):
-        made += [config_for(gemm, heights, is_narrow=True, together=True, slim=True) for heights in TOGETHER_HEIGHTS]
+    bodies = {body_of(scheme) for scheme in gemm.distinct}
+    backs = BACKS if len(bodies) > 1 else BACKS[:1] if bodies == {"nibbles"} else ()
+    kept = [partial(config_for, gemm, is_narrow=is_narrow, together=True) for is_narrow in (False, True)]
+    if "dense" in bodies:
+        kept.append(partial(kept[1], slim=True))
+    for make, heights in itertools.product(kept, TOGETHER_HEIGHTS):
+        config = make(heights)
+        made += [config] if config is None else [replace(config, back=back) for back in (0, *backs)]
     return tuple(dict.fromkeys(config for config in made if config is not None))
 
 
@@ -218,6 +226,7 @@ def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> list[tuple[A
     Give what each class of the schedule is compiled for: `kernels_hopper_ring.FIELDS`.
 
     Longest tiles come first, but that runs of one ring follow each other: between rings the memory has to be empty.
+    Where there are two parts (`Config.back`), what multiplies comes before what reads.
     """
     gemm = matrices.gemm
     tiling, specs = classes_of(gemm, config)
@@ -231,16 +240,18 @@ def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> list[tuple[A
         *(len(gemm.schemes), config.grouping, int(gemm.gated), int(matrices.bias is not None)),
         *(epilogue.act, *epilogue.pair),
     )
-    rings = list(dict.fromkeys(_ring_of(field, gemm) for field in fields))
+    order = sorted(range(len(fields)), key=lambda place: _shortness(gemm, tiling.classes[place].group, fields[place]))
+    rings = list(dict.fromkeys(_ring_of(fields[place], gemm) for place in order))
     reading = [_reads(field, gemm, rings) for field in fields]
     back = config.back if 0 < sum(reading) < len(reading) else 0
     if back:
+        order.sort(key=reading.__getitem__)
         rings.sort(key=lambda ring: ring[0] != WIDE)
     made: list[tuple[Any, ...]] = []
     barrier = 0
     for ring in rings:
         ring_kind, row_kind = ring
-        mine = [place for place, field in enumerate(fields) if _ring_of(field, gemm) == ring]
+        mine = [place for place in order if _ring_of(fields[place], gemm) == ring]
         for place in mine:
             field = fields[place]
             kind = _kind_of(field, gemm)
@@ -260,6 +271,14 @@ def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> list[tuple[A
             )  # fmt: skip
         barrier += STAGES[ring_kind]
     return made
+
+
+def _shortness(gemm: Gemm, group: int, field: dict[str, int]) -> tuple[float, int]:
+    """Sort the longest tiles first, by the channels that they have here; of equally long ones the tallest."""
+    first = gemm.schemes if gemm.always is None else gemm.schemes[:-1]
+    schemes = [*(one for one in gemm.distinct if one in first), gemm.schemes[-1]]
+    width = _width_of(_kind_of(field, gemm), gemm)
+    return -tile_time(schemes[group], field["height"], width, field["k"]), -field["height"]
 
 
 def _reads(field: dict[str, int], gemm: Gemm, rings: Sequence[tuple[int, int]]) -> bool:

@@ -20,6 +20,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from mxmoe.backends.triton.kernels import act
+import os
+HALVES = gl.constexpr(int(os.environ.get("LAB_HALVES", "2")))
 
 FIELDS = (
     *("n", "k", "lanes", "grouping", "gated", "bias", "act", "p", "q"),
@@ -227,6 +229,29 @@ def biases_of(
 
 
 @gluon.jit
+def sigmoid(x: gl.tensor) -> gl.tensor:
+    """
+    1 / (1 + exp(-x)), each step one instruction, where `act` spends three on numbers near the ends of float32.
+
+    What follows a product is a third of a tile's code, and programs of mixed launches wait for code that no cache holds.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .f32 t;
+        mul.ftz.f32 t, $1, 0fBFB8AA3B;
+        ex2.approx.ftz.f32 t, t;
+        add.ftz.f32 t, t, 0f3F800000;
+        rcp.approx.ftz.f32 $0, t;
+        }""",
+        "=f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def store(
     a: gl.tensor, b: gl.tensor, y_ptr: gl.tensor, row: gl.tensor, rows: gl.tensor, m: gl.tensor, n: gl.tensor,
     n0: gl.tensor, n1: gl.tensor, AXIS: gl.constexpr, LAYOUT: gl.constexpr, S: gl.constexpr,
@@ -238,13 +263,24 @@ def store(
         KIND: gl.constexpr = S[ACT]
         FIRST_NUMBER: gl.constexpr = S[ACT_P]
         SECOND_NUMBER: gl.constexpr = S[ACT_Q]
-        y = act(a, b, KIND, FIRST_NUMBER, SECOND_NUMBER).to(y_ptr.dtype.element_ty)
+        if KIND == "silu":
+            y = (a * sigmoid(a) * b).to(y_ptr.dtype.element_ty)
+        else:
+            y = act(a, b, KIND, FIRST_NUMBER, SECOND_NUMBER).to(y_ptr.dtype.element_ty)
         gl.store(to + n0, gl.convert_layout(y, LAYOUT), mask=inside & gl.expand_dims(n < S[N] - n0, AXIS))
     else:
         a = gl.convert_layout(a.to(y_ptr.dtype.element_ty), LAYOUT)
         gl.store(to + n0, a, mask=inside & gl.expand_dims(n < S[N] - n0, AXIS))
         b = gl.convert_layout(b.to(y_ptr.dtype.element_ty), LAYOUT)
         gl.store(to + n1, b, mask=inside & gl.expand_dims(n < S[N] - n1, AXIS))
+
+
+@gluon.jit
+def pick(x: gl.tensor, which: gl.tensor) -> gl.tensor:
+    """First or second half of the columns of sums [64, columns]: every thread has as many of either."""
+    HALF: gl.constexpr = x.shape[1] // 2
+    first, second = gl.split(gl.permute(gl.reshape(x, (x.shape[0], 2, HALF)), (0, 2, 1)))
+    return gl.where(which == 0, first, second)
 
 
 @gluon.jit
@@ -264,6 +300,6 @@ def store_channels(
         b0, b1 = biases_of(bias_ptr, expert, n0, n1, n, S)
         a = a + b0[:, None]
         b = b + b1[:, None]
-    m_out = gl.arange(0, S[HEIGHT], gl.SliceLayout(0, OUT))
+    m_out = gl.arange(0, a.shape[1], gl.SliceLayout(0, OUT))
     n_out = gl.arange(0, CHANNELS, gl.SliceLayout(1, OUT))
     store(a, b, y_ptr, row, rows, m_out, n_out, n0, n1, 1, OUT, S)

@@ -18,7 +18,7 @@ ALWAYS = "always"
 """In place of a scheme: tiles of an expert that sees every token."""
 MARKS = "th"
 """Letters of a shape that is together, or slim."""
-WIDTHS = (64, 128, 256)
+WIDTHS = (32, 64, 128, 256)
 """Output channels of a tile, of each of the matrices where there are two."""
 
 

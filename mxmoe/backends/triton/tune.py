@@ -91,9 +91,23 @@ def changes(gemm: Gemm, rule: Config, rows: float) -> Iterator[Config]:
         wanted = (shape.parts * 2, shape.parts // 2)
         shapes += [replace(shape, parts=parts) for parts in wanted if 1 <= parts <= 8 and gemm.k // parts >= 352]
     sides = 2 if gemm.gated else 1
+    shapes += deeper(shape) if body_of(scheme) == "dense" and rows <= SOME else []
     for one in shapes:
         if one.width * sides * max(one.heights) <= max(MOST_SUMS, shape.width * sides * max(shape.heights)):
             yield replace(rule, shapes=((name, one),))
+
+
+def first_changes(gemm: Gemm, rule: Config) -> list[Config]:
+    """What is tried for one token, which is compiled for by itself."""
+    (scheme,) = gemm.distinct
+    name, shape = rule.shapes[0]
+    return [replace(rule, shapes=((name, one),)) for one in deeper(shape)] if body_of(scheme) == "dense" else []
+
+
+def deeper(shape: Shape) -> list[Shape]:
+    """Tiles of dense weights whose steps are twice as deep, so that memory is read in longer pieces, and narrower."""
+    deep = replace(shape, depth=2 * shape.depth, stages=3)
+    return [replace(deep, width=shape.width // 2), deep, replace(deep, width=shape.width // 2, stages=4)]
 
 
 def divided_configs(gemm: Gemm, rows: float, active: int) -> tuple[Config, ...]:
@@ -131,8 +145,7 @@ def first_jobs(
         gemm = one.gemm(scheme)
         rule, rows = by_rule(gemm, count, one.top_k), mean_rows(gemm, count, one.top_k)
         divided = divided_configs(gemm, rows, one.active(count)) if divides else ()
-        # one token is compiled for by itself; the rule must do
-        more = (*divided, *(changes(gemm, rule, rows) if count > 1 else ()))
+        more = (*divided, *(changes(gemm, rule, rows) if count > 1 else first_changes(gemm, rule)))
         columns.append([Job(one, count, scheme, spell_config(config)) for config in dict.fromkeys((rule, *more))])
     return _evenly(columns)
 

@@ -77,9 +77,10 @@ def test_one_product(dtype: torch.dtype, total: tl.dtype, opcode: str) -> None:
 
 def facts_of_launches() -> Iterator[CubinFacts]:
     """Machine code of every group GEMM that this process has compiled."""
-    from mxmoe.backends.triton import kernels
+    from mxmoe.backends.triton.kernels import group_gemm
+    from mxmoe.backends.triton.kernels_int4 import int4_kernel
 
-    for compiled, *_ in kernels.group_gemm.device_caches.values():
+    for compiled, *_ in (*group_gemm.device_caches.values(), *int4_kernel.device_caches.values()):
         yield from (read_cubin(kernel.asm["cubin"]) for kernel in compiled.values())
 
 

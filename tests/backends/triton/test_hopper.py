@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -252,14 +252,16 @@ class Program:
 
 @given(
     st.lists(st.sampled_from(DENSE + NIBBLES), min_size=1, max_size=4), heights, st.booleans(), st.integers(2, 4),
-    st.integers(1, 12), st.randoms(use_true_random=False),
+    st.integers(1, 12), st.booleans(), st.booleans(), st.randoms(use_true_random=False),
 )  # fmt: skip
+@example(["w8a8_sym"], (64, 128), False, 3, 12, True, False, Random(0))
 @settings(max_examples=100, deadline=None)
 def test_tiles_of_both_parts_are_taken_once(
-    names: list[str], tall: tuple[int, ...], is_narrow: bool, back: int, programs: int, random: Random
-) -> None:
+    names: list[str], tall: tuple[int, ...], is_narrow: bool, back: int, programs: int, together: bool, slim: bool,
+    random: Random,
+) -> None:  # fmt: skip
     gemm = gemm_of(tuple(names))
-    config = hopper.config_for(gemm, tall, is_narrow=is_narrow)
+    config = hopper.config_for(gemm, tall, is_narrow=is_narrow, together=together, slim=slim)
     if config is None:
         return
     matrices = Matrices(gemm, allocate_arena(256, 512, gemm.schemes, 2, "cpu"), None)
@@ -268,7 +270,9 @@ def test_tiles_of_both_parts_are_taken_once(
     assert [run["place"] for run in runs if run["begins"]] == [
         next(run["place"] for run in runs if run["reads"] == reads) for reads in dict.fromkeys(r["reads"] for r in runs)
     ]
-    if not runs[0]["back"]:  # all read, or all multiply
+    if runs[0]["back"]:  # programs in front begin with what multiplies
+        assert [run["reads"] for run in runs] == sorted(run["reads"] for run in runs)
+    else:  # all read, or all multiply
         assert len({run["reads"] for run in runs}) == 1 or not back
         return
     counts = [random.randint(0, 3) for _ in runs]
@@ -311,6 +315,7 @@ CUTS: dict[str, tuple[tuple[int, ...], dict[str, bool]]] = {
     "slim": (MANY, {"is_narrow": True, "slim": True}),
     "back": (MANY, {"together": True}),
     "back, narrow": ((16, 32, 64, 128), {"is_narrow": True}),
+    "back, slim": (MANY, {"together": True, "slim": True}),
 }
 """Heights of tiles, and how else they are cut."""
 
