@@ -49,7 +49,7 @@ NARROW_HEIGHTS = (HEIGHTS, (64, 128), (16, 32, 64), (64,))
 TOGETHER_HEIGHTS = (HEIGHTS, (64, 128))
 """Those worth measuring where an expert that fills a tile of 128 rows has all its rows in such tiles."""
 BACKS = (2, 3)
-"""Every how manieth program may begin with low tiles (`Config.back`), where experts of several bodies share a launch."""
+"""Every how manieth program may begin with low tiles (`Config.back`), where a launch has several bodies."""
 ENOUGH_ROWS = {"dense": 1.0, "nibbles": 4.0, "scaled": 4.0}
 """Rows of a mean active expert from which the kernel is taken where nothing was measured, by body."""
 LEAST_ROWS, MANY_ROWS = 2.0, 24.0

@@ -45,6 +45,7 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     N,
     bands_of,
     enter,
+    hold,
     is_on,
     next_buffer,
     place_of_program,
@@ -70,7 +71,7 @@ def _load_run(
     phase: gl.tensor, S: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """Fill a ring for this program's tiles of a run; what `_load` needs for the next run."""
-    first, count = bands_of(tables[1], S)
+    first, count = bands_of(tables[1], 1, S)
     last = count * S[COLUMNS]
     xd = tall[S[RING]] if S[HEIGHT] >= TALL_BOX else low[S[RING]]
     wd = narrow[S[RING]] if S[KIND] == NARROW or S[KIND] == SLIM else wide[S[RING]]
@@ -151,7 +152,7 @@ def _multiply_run(
     tile: gl.tensor, turn: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr, WG: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """Multiply one warpgroup's part of this program's tiles of a run; what `_multiply` needs for the next run."""
-    first, count = bands_of(tables[1], S)
+    first, count = bands_of(tables[1], 4, S)
     last = count * S[COLUMNS]
     xd = tall[S[RING]] if S[HEIGHT] >= TALL_BOX else low[S[RING]]
     x_scale = x_scales[S[ROWS]]
@@ -284,7 +285,7 @@ def divided_gemm(
     low = (low0, low1, low2, low3, low4)
     wide = (wide0, wide1, wide2, wide3, wide4)
     narrow = (narrow0, narrow1, narrow2, narrow3, narrow4)
-    tables = (base_ptr, ends_ptr, band_ptr, bands, walk_ptr)
+    tables = (base_ptr, hold(ends_ptr, len(RUNS) + 1), band_ptr, bands, walk_ptr)
     ring = (small, big, ss, full, empty)
     post = _post()
     gl.warp_specialize(

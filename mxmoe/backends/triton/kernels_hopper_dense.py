@@ -23,13 +23,13 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     COLUMNS,
     FIRST,
     GATED,
-    HALVES,
     HEIGHT,
     KIND,
     LOW_ROWS,
     SLIM,
     STAGES,
     STEP,
+    STORED,
     K,
     addresses,
     biases_of,
@@ -143,6 +143,13 @@ def _pass(
 
 
 @gluon.jit
+def _by_row_and_channel(y: gl.tensor, r: gl.tensor, c: gl.tensor) -> gl.tensor:
+    """Sums [rows, channels] times the scales of both."""
+    by_row = gl.convert_layout(r, gl.SliceLayout(1, y.type.layout))
+    return y * by_row[:, None] * gl.convert_layout(c, gl.SliceLayout(0, y.type.layout))[None, :]
+
+
+@gluon.jit
 def multiply_tall(
     xd: gl.tensor, arena: gl.tensor, bias_ptr: gl.tensor, x_scale: gl.tensor, y_ptr: gl.tensor, tables: gl.tuple,
     ring: gl.tuple, post: gl.tuple, first: gl.tensor, count: gl.tensor, before: gl.tensor, tile: gl.tensor,
@@ -157,12 +164,11 @@ def multiply_tall(
     # an int8 product of 256 columns is an instruction that Triton has no name for
     WIDTH: gl.constexpr = 128 if xd.dtype == gl.int8 else 2 * EACH
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32 // BYTES])
-    HALF: gl.constexpr = 64 if HALVES == 2 else EACH
-    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [4, 1], [1, 0])
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // STORED, STORED // 8], [4, 1], [1, 0])
     PLACE: gl.constexpr = WG if S[HEIGHT] == 128 else 0
     xs = small._reinterpret(xd.dtype, [8, 64, STEP // BYTES], xd.layout)
     ws = big._reinterpret(xd.dtype, [512 // EACH, 2 * EACH, STEP // BYTES], xd.layout)
-    n = gl.arange(0, HALF, gl.BlockedLayout([1], [32], [4], [0]))
+    n = gl.arange(0, STORED, gl.BlockedLayout([1], [32], [4], [0]))
     m = gl.arange(0, 64, gl.SliceLayout(1, ACC)) + 64 * PLACE
     last = count * S[COLUMNS]
     expert1, row1, rows1, column1 = find(tile, first, count, band_ptr, bands, S)
@@ -175,32 +181,31 @@ def multiply_tall(
         turn += 1
         if BYTES == 1:
             s0, s1 = scales_of(arena, base_ptr, expert, n0, n1, n, S)
-            if HALF == EACH:
-                t0, t1 = s0, s1
-            else:
-                t0, t1 = scales_of(arena, base_ptr, expert, n0 + HALF, n1 + HALF, n, S)
+            t0, t1 = s0, s1
+            if STORED < EACH:
+                t0, t1 = scales_of(arena, base_ptr, expert, n0 + STORED, n1 + STORED, n, S)
             r = gl.load(x_scale + row + m, mask=m < rows, other=0.0)
         expert1, row1, rows1, column1 = find(tile, first, count, band_ptr, bands, S)
         if mine:
             acc, s, phase = _sum_tall(xs, ws, full, empty, s, phase, PLACE, S, BYTES, ACC, SUM)
             a, b = gl.split(gl.permute(gl.reshape(acc, (64, 2, EACH)), (0, 2, 1)))
-            # as many as there are, but not known to be: so that the code of one half serves both
-            for half in range(gl.minimum(rows + 1, EACH // HALF)):
+            # as many as there are, but the compiler does not know it, and so does not write the code twice
+            for part in range(gl.minimum(rows + 1, EACH // STORED)):
                 y0, y1 = a, b
-                if HALF < EACH:
-                    y0, y1 = pick(a, half), pick(b, half)
-                CHANNELS: gl.constexpr = gl.SliceLayout(0, y0.type.layout)
+                if STORED < EACH:
+                    y0, y1 = pick(a, part), pick(b, part)
                 if BYTES == 1:
-                    by_row = gl.convert_layout(r, gl.SliceLayout(1, y0.type.layout))[:, None]
-                    y0 = y0 * by_row * gl.convert_layout(gl.where(half == 0, s0, t0), CHANNELS)[None, :]
-                    y1 = y1 * by_row * gl.convert_layout(gl.where(half == 0, s1, t1), CHANNELS)[None, :]
+                    y0 = _by_row_and_channel(y0, r, gl.where(part == 0, s0, t0))
+                    y1 = _by_row_and_channel(y1, r, gl.where(part == 0, s1, t1))
+                from0 = n0 + part * STORED
+                from1 = n1 + part * STORED
                 if S[BIAS]:
-                    b0, b1 = biases_of(bias_ptr, expert, n0 + half * HALF, n1 + half * HALF, n, S)
-                    y0 = y0 + gl.convert_layout(b0, CHANNELS)[None, :]
-                    y1 = y1 + gl.convert_layout(b1, CHANNELS)[None, :]
+                    b0, b1 = biases_of(bias_ptr, expert, from0, from1, n, S)
+                    y0 = y0 + gl.convert_layout(b0, gl.SliceLayout(0, y0.type.layout))[None, :]
+                    y1 = y1 + gl.convert_layout(b1, gl.SliceLayout(0, y1.type.layout))[None, :]
                 m_out = gl.arange(0, 64, gl.SliceLayout(1, OUT)) + 64 * PLACE
-                n_out = gl.arange(0, HALF, gl.SliceLayout(0, OUT))
-                store(y0, y1, y_ptr, row, rows, m_out, n_out, n0 + half * HALF, n1 + half * HALF, 0, OUT, S)
+                n_out = gl.arange(0, STORED, gl.SliceLayout(0, OUT))
+                store(y0, y1, y_ptr, row, rows, m_out, n_out, from0, from1, 0, OUT, S)
         else:
             s, phase = _pass(full, empty, s, phase, S, BYTES)
     return tile, turn, s, phase

@@ -20,8 +20,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from mxmoe.backends.triton.kernels import act
-import os
-HALVES = gl.constexpr(int(os.environ.get("LAB_HALVES", "2")))
 
 FIELDS = (
     *("n", "k", "lanes", "grouping", "gated", "bias", "act", "p", "q"),
@@ -61,6 +59,8 @@ READING = gl.constexpr(20)
 BEGINS = gl.constexpr(21)
 BACK = gl.constexpr(22)
 
+STORED = gl.constexpr(64)
+"""Columns of sums that are stored at a time. All go through the same code, so that both warpgroups' stays cached."""
 STEP = gl.constexpr(128)
 """Bytes of a row in a step of dense weights; channels of a step of 4-bit ones."""
 TALL_BOX = gl.constexpr(64)
@@ -105,10 +105,10 @@ def place_of_program(EVERY: gl.constexpr) -> gl.tensor:
 @gluon.jit
 def walk_of(tables: gl.tuple, backs: gl.tensor, S: gl.constexpr) -> gl.tensor:
     """Tables with the counter of a run's part, and what the numbers that it gives are too high by."""
-    base_ptr, ends_ptr, band_ptr, bands, walk_ptr = tables
+    base_ptr, ends, band_ptr, bands, walk_ptr = tables
     begun = backs if S[READING] else gl.num_programs(0) - backs
     counter = walk_ptr + 2 if S[READING] else walk_ptr
-    return (base_ptr, ends_ptr, band_ptr, bands, counter), gl.num_programs(0) - begun
+    return (base_ptr, ends, band_ptr, bands, counter), gl.num_programs(0) - begun
 
 
 @gluon.jit
@@ -137,10 +137,20 @@ def enter(
 
 
 @gluon.jit
-def bands_of(ends_ptr: gl.tensor, S: gl.constexpr) -> gl.tensor:
-    """First band and number of bands of a run."""
-    first = gl.load(ends_ptr + S[PLACE])
-    return first, gl.load(ends_ptr + S[PLACE] + 1) - first
+def hold(ends_ptr: gl.tensor, COUNT: gl.constexpr) -> gl.tensor:
+    """Copy the first band of every class, and the end, to where no warp that comes to a run waits for memory."""
+    ends = gl.allocate_shared_memory(gl.int32, [COUNT, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for i in gl.static_range(COUNT):
+        ends.index(i).store(gl.full([1], gl.load(ends_ptr + i), gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
+    return ends
+
+
+@gluon.jit
+def bands_of(ends: gl.tensor, WARPS: gl.constexpr, S: gl.constexpr) -> gl.tensor:
+    """First band and number of bands of a run, read by so many warps."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    first = gl.max(ends.index(S[PLACE]).load(ONE), 0)
+    return first, gl.max(ends.index(S[PLACE] + 1).load(ONE), 0) - first
 
 
 @gluon.jit
@@ -233,7 +243,7 @@ def sigmoid(x: gl.tensor) -> gl.tensor:
     """
     1 / (1 + exp(-x)), each step one instruction, where `act` spends three on numbers near the ends of float32.
 
-    What follows a product is a third of a tile's code, and programs of mixed launches wait for code that no cache holds.
+    What follows a product is most of a tile's code, and what no cache holds of it is waited for.
     """
     return gl.inline_asm_elementwise(
         """{

@@ -24,12 +24,12 @@ from mxmoe.backends.triton.kernels_hopper_ring import (
     COLUMNS,
     FIRST,
     GATED,
-    HALVES,
     HEIGHT,
     KIND,
     SCALED,
     STAGES,
     STEP,
+    STORED,
     K,
     N,
     addresses,
@@ -222,9 +222,8 @@ def multiply_scaled(
     xs = small._reinterpret(xd.dtype, [ROWS_HELD // TALL, TALL, STEP], xd.layout)
     ws = big._reinterpret(gl.uint8, [BLOCKS_HELD, 32, 128], wd.layout)
     ms = ss._reinterpret(gl.uint8, [32, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    HALF: gl.constexpr = 64 if HALVES == 2 and TALL == 128 else TALL
     m = gl.arange(0, TALL, gl.SliceLayout(0, ACC))
-    l = gl.arange(0, HALF, gl.BlockedLayout([1], [32], [4], [0]))
+    few = gl.arange(0, STORED, gl.BlockedLayout([1], [32], [4], [0]))
     last = count * S[COLUMNS]
     expert1, row1, rows1, column1 = find(tile, first, count, band_ptr, bands, S)
     while tile < last:
@@ -234,27 +233,26 @@ def multiply_scaled(
         n1 = 64 * b1 + 32 * EACH * WG
         tile = take(post, turn) - before
         turn += 1
-        if EACH == 1 or HALF == TALL:
-            r = gl.load(x_scale + row + m, mask=m < rows, other=0.0)
+        if TALL > STORED:
+            r0 = gl.load(x_scale + row + few, mask=few < rows, other=0.0)
+            r1 = gl.load(x_scale + row + STORED + few, mask=few < rows - STORED, other=0.0)
         else:
-            r0 = gl.load(x_scale + row + l, mask=l < rows, other=0.0)
-            r1 = gl.load(x_scale + row + HALF + l, mask=l < rows - HALF, other=0.0)
+            r = gl.load(x_scale + row + m, mask=m < rows, other=0.0)
         expert1, row1, rows1, column1 = find(tile, first, count, band_ptr, bands, S)
         if S[KIND] == SCALED:
             a, b, s, phase = _sum_tall(xs, ws, ms, full, empty, s, phase, S, WG, ACC)
-            if HALF == TALL:
+            if TALL > STORED:
+                for part in range((rows + STORED - 1) // STORED):
+                    y0, y1 = pick(a, part), pick(b, part)
+                    by_row = gl.convert_layout(gl.where(part == 0, r0, r1), gl.SliceLayout(0, y0.type.layout))[None, :]
+                    store_channels(
+                        y0 * by_row, y1 * by_row, arena, base_ptr, bias_ptr, y_ptr, expert, row + part * STORED,
+                        rows - part * STORED, n0, n1, 64, True, S,
+                    )  # fmt: skip
+            else:
                 a = a * r[None, :]
                 b = b * r[None, :]
                 store_channels(a, b, arena, base_ptr, bias_ptr, y_ptr, expert, row, rows, n0, n1, 64, True, S)
-            else:
-                # the code of one half serves both, and what has no rows is left out
-                for half in range((rows + HALF - 1) // HALF):
-                    y0, y1 = pick(a, half), pick(b, half)
-                    by_row = gl.convert_layout(gl.where(half == 0, r0, r1), gl.SliceLayout(0, y0.type.layout))[None, :]
-                    store_channels(
-                        y0 * by_row, y1 * by_row, arena, base_ptr, bias_ptr, y_ptr, expert, row + half * HALF,
-                        rows - half * HALF, n0, n1, 64, True, S,
-                    )  # fmt: skip
         else:
             acc, s, phase = _sum_low(xs, ws, ms, full, empty, s, phase, S, WG, ACC)
             store_turns(acc * r[None, :], arena, base_ptr, bias_ptr, y_ptr, expert, row, rows, n0, n1, True, S)
