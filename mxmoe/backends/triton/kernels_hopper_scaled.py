@@ -224,6 +224,8 @@ def multiply_scaled(
     ms = ss._reinterpret(gl.uint8, [32, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     m = gl.arange(0, TALL, gl.SliceLayout(0, ACC))
     few = gl.arange(0, STORED, gl.BlockedLayout([1], [32], [4], [0]))
+    # without a gate the end of a tile is short by itself
+    IN_PARTS: gl.constexpr = S[GATED] and TALL > STORED
     last = count * S[COLUMNS]
     expert1, row1, rows1, column1 = find(tile, first, count, band_ptr, bands, S)
     while tile < last:
@@ -233,7 +235,7 @@ def multiply_scaled(
         n1 = 64 * b1 + 32 * EACH * WG
         tile = take(post, turn) - before
         turn += 1
-        if TALL > STORED:
+        if IN_PARTS:
             r0 = gl.load(x_scale + row + few, mask=few < rows, other=0.0)
             r1 = gl.load(x_scale + row + STORED + few, mask=few < rows - STORED, other=0.0)
         else:
@@ -241,7 +243,7 @@ def multiply_scaled(
         expert1, row1, rows1, column1 = find(tile, first, count, band_ptr, bands, S)
         if S[KIND] == SCALED:
             a, b, s, phase = _sum_tall(xs, ws, ms, full, empty, s, phase, S, WG, ACC)
-            if TALL > STORED:
+            if IN_PARTS:
                 for part in range((rows + STORED - 1) // STORED):
                     y0, y1 = pick(a, part), pick(b, part)
                     by_row = gl.convert_layout(gl.where(part == 0, r0, r1), gl.SliceLayout(0, y0.type.layout))[None, :]

@@ -271,7 +271,7 @@ def test_a_change_is_of_one_number_and_fits(scheme: str, one: Workload, tokens: 
     assert len(set(found)) > 3
     for config in found:
         shape = config.shapes[0][1]
-        assert len(tune._differences(rule, config)) <= 1
+        assert shape in tune.deeper(own) or len(tune._differences(rule, config)) <= 1
         fits = shape.width * max(shape.heights) * (1 + one.gated) <= tune.MOST_SUMS
         assert fits or max(shape.heights) * shape.width <= max(own.heights) * own.width
         assert shape.parts == 1 or not one.gated
