@@ -7,10 +7,10 @@ A launch of experts e with r rows each takes
 
 and a tile of height m over k input channels `fixed + (max(reuse[m], stream / row tiles) - fixed) k / depth`: every
 weight comes from memory once. By itself a tile takes `alone` times as long. A scheme has one `stream` and one `alone`,
-a `reuse` for each height, and two factors for company. What the law then misses at the launches of one scheme is kept
-beside it, and others are corrected by the nearest. What
-is minimised is the mean of |log(predicted / measured)|, rounded at zero, by a search along one coordinate after the
-other: the heights that an expert is cut into depend on the times, so that there is no gradient to follow.
+a `reuse` for each height, and two factors for each kind of company. What the law then misses at the launches of one
+scheme is kept beside it, and others are corrected by the nearest. What is minimised is the mean of
+|log(predicted / measured)|, rounded at zero, by a search along one coordinate after the other: the heights that an
+expert is cut into depend on the times, so that there is no gradient to follow.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mxmoe.cost.measured import LOW, Law, Near, Profile, TileTime
+from mxmoe.cost.measured import LOW, Company, Factors, Law, Near, Profile, TileTime
 from mxmoe.cost.roofline import Roofline
 from mxmoe.device import Device
 from mxmoe.errors import BadWorkload
@@ -38,7 +38,7 @@ _NEAR = 0.02
 _PULL = 0.002
 _LEAST = 1e-3
 """Relative step below which a coordinate rests."""
-_STREAM, _ALONE, _REUSE, _LOW, _TALL = 0, 1, slice(2, 2 + len(HEIGHTS)), -2, -1
+_STREAM, _ALONE, _REUSE, _FACTORS = 0, 1, slice(2, 2 + len(HEIGHTS)), slice(2 + len(HEIGHTS), 6 + len(HEIGHTS))
 _NAMES = ("launch_us", "fixed_us", "sharp")
 _START = (3.0, 0.3, 2.0)
 _MOST = (20.0, 3.0, 40.0)
@@ -70,10 +70,10 @@ class _Share:
     """Tiles side by side, [mine, 1]."""
     depth: NDArray[np.float64]
     """Input channels over those of the profile, [mine, 1]."""
-    mixed: NDArray[np.bool_]
-    """[mine, 1]."""
+    company: NDArray[np.int64]
+    """`Company`, [mine, 1]."""
     logs: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    """Logarithms of stream, alone, reuse by height, and the two factors in company."""
+    """Logarithms of stream, alone, reuse by height, and the factors in company."""
 
     @classmethod
     def of(cls, scheme: Scheme, observed: Sequence[Observation]) -> _Share:
@@ -86,8 +86,8 @@ class _Share:
             rows[line, : len(load)], experts[line, : len(load)] = list(load), list(load.values())
         columns = np.array([[math.ceil(observed[i].n / WIDTH)] for i in at], dtype=np.float64)
         depth = np.array([[observed[i].k / DEPTH] for i in at])
-        mixed = np.array([[len(observed[i].load) > 1] for i in at])
-        return cls(scheme, np.array(at), rows, experts, columns, depth, mixed)
+        company = np.array([[Company.of(observed[i].load)] for i in at])
+        return cls(scheme, np.array(at), rows, experts, columns, depth, company)
 
     def add(self, fixed: float, sms: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Microseconds that its tiles take of all SMs, and of its longest tile by itself, [mine] each."""
@@ -97,7 +97,7 @@ class _Share:
         for height, reuse in zip(HEIGHTS, values[_REUSE], strict=True):
             bands = np.ceil(self.rows / height)
             stream = max(values[_STREAM], reuse) / np.maximum(bands, 1)
-            company = np.where(self.mixed, values[_LOW if height <= LOW else _TALL], 1.0)
+            company = np.array([1.0, *values[_FACTORS][height > LOW :: 2]])[self.company]
             us = fixed + np.maximum(company * np.maximum(reuse, stream) - fixed, 0) * self.depth
             whole = np.round(bands * self.columns * us / sms, 9)
             longest = np.where((whole < best) & (bands > 0), us, longest)
@@ -125,7 +125,7 @@ class _Fit:
 
     def loss(self) -> float:
         """Mean of the errors, and what pulls the factors in company to 1."""
-        pull = sum(float(np.abs(share.logs[[_LOW, _TALL]]).sum()) for share in self.shares)
+        pull = sum(float(np.abs(share.logs[_FACTORS]).sum()) for share in self.shares)
         return float(np.sqrt(self.errors() ** 2 + _NEAR**2).mean()) + _PULL * pull
 
     def errors(self) -> NDArray[np.float64]:
@@ -176,7 +176,7 @@ def _first_guess(scheme: Scheme, device: Device) -> list[float]:
     roofline = Roofline(device)
     tiles = [Tile(height, WIDTH, STEP) for height in HEIGHTS]
     reuse = [roofline.tile_us(scheme, tile, DEPTH, 1e6) for tile in tiles]
-    return [roofline.tile_us(scheme, tiles[0], DEPTH), 1.0, *reuse, 1.0, 1.0]
+    return [roofline.tile_us(scheme, tiles[0], DEPTH), 1.0, *reuse, *(1.0,) * 4]
 
 
 def fit_profile(
@@ -203,8 +203,8 @@ def fit_profile(
     company: list[_Key] = []
     for i, share in enumerate(found.shares):
         everything += [("scheme", i, at) for at in range(2 + len(HEIGHTS))]
-        if share.mixed.any():
-            company += [("scheme", i, _LOW % len(share.logs)), ("scheme", i, _TALL % len(share.logs))]
+        if share.company.any():
+            company += [("scheme", i, at) for at in range(_FACTORS.start, _FACTORS.stop)]
     _descend(found, [*everything, *company], rounds, quiet)
     near = found.near()
     found.take(near)
@@ -251,7 +251,7 @@ def _search(found: _Fit, key: _Key, step: float, loss: float) -> tuple[float, fl
 def _profile(found: _Fit, device: Device, near: tuple[Near, ...] = ()) -> Profile:
     launch, fixed, sharp = np.exp(np.minimum(found.globals, np.log(_MOST))).tolist()
     rows: dict[Scheme, dict[Tile, TileTime]] = {}
-    mixed: dict[Scheme, tuple[float, float]] = {}
+    mixed: dict[Scheme, Factors] = {}
     alone: dict[Scheme, float] = {}
     for share in found.shares:
         values = np.exp(share.logs)
@@ -262,7 +262,8 @@ def _profile(found: _Fit, device: Device, near: tuple[Near, ...] = ()) -> Profil
             for height, each in zip(HEIGHTS, reuse, strict=True)
         }
         alone[share.scheme] = _short(float(values[_ALONE]))
-        mixed[share.scheme] = (_short(float(values[_LOW])), _short(float(values[_TALL])))
+        low, tall, packed_low, packed_tall = map(_short, values[_FACTORS].tolist())
+        mixed[share.scheme] = (low, tall, packed_low, packed_tall)
     law = Law(_short(launch), _short(sharp), alone, mixed, near)
     return Profile(device.name, DEPTH, _short(fixed), rows, law)
 

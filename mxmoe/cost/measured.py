@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -25,6 +26,27 @@ _HEAD = ("device", "k", "slots", "fixed_us")
 LOW = 32
 """Rows of a tile that launches of few rows are cut into."""
 _LAW = ("launch_us", "sharp")
+
+
+class Company(IntEnum):
+    """Which other schemes are in a launch."""
+
+    NONE = 0
+    LIKE = 1
+    """Some, but none that quantizes weights only."""
+    PACKED = 2
+    """One quantizes weights only, so that another kernel may run the launch than each of the others by itself."""
+
+    @classmethod
+    def of(cls, schemes: Collection[Scheme]) -> Company:
+        """Say it of a launch of these schemes."""
+        if len(schemes) < 2:
+            return cls.NONE
+        return cls.PACKED if any(scheme.is_weight_only for scheme in schemes) else cls.LIKE
+
+
+Factors = tuple[float, float, float, float]
+"""Of tiles up to `LOW` rows and of taller ones in company that is `LIKE`, then of both where it is `PACKED`."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +91,8 @@ class Law:
     """Exponent with which the spread work and the longest tile add up: 1 is their sum, inf the larger."""
     alone: Mapping[Scheme, float] = field(default_factory=dict[Scheme, float])
     """Scheme -> time of a tile by itself, over that of one tile on each SM at once; 1 if nothing is said."""
-    mixed: Mapping[Scheme, tuple[float, float]] = field(default_factory=dict[Scheme, tuple[float, float]])
-    """Scheme -> what times of tiles up to `LOW` rows, and of taller ones, grow by where others are in the launch."""
+    mixed: Mapping[Scheme, Factors] = field(default_factory=dict[Scheme, Factors])
+    """Scheme -> what times of its tiles grow by where others are in the launch."""
 
     near: tuple[Near, ...] = ()
     """Launches of one scheme that were measured, for what the law does not know: waves, parts of k, tiles by rule."""
@@ -162,9 +184,11 @@ def _spread(text: str) -> str:
 
 def _law(fields: Mapping[str, Any]) -> Law:
     numbers = {name: float(fields[name]) for name in _LAW}
-    mixed = {Scheme.parse(name): (float(a), float(b)) for name, (a, b) in fields["mixed"].items()}
+    mixed: dict[Scheme, Factors] = {}
+    for name, (low, tall, packed_low, packed_tall) in fields["mixed"].items():
+        mixed[Scheme.parse(name)] = (float(low), float(tall), float(packed_low), float(packed_tall))
     alone = {Scheme.parse(name): float(factor) for name, factor in fields["alone"].items()}
-    for value in (*numbers.values(), *alone.values(), *(one for pair in mixed.values() for one in pair)):
+    for value in (*numbers.values(), *alone.values(), *(one for own in mixed.values() for one in own)):
         if not 0 < value < math.inf:
             raise ValueError(f"a number of the law is {value}, not a positive number")
     near = tuple(Near(Scheme.parse(name), *values) for name, *values in fields.get("near", ()))
@@ -199,17 +223,19 @@ class Measured:
     """
 
     device: Device
-    mixed: bool = False
-    """Whether other schemes are in the same launch, for profiles that know what that costs."""
+    company: Company = Company.NONE
+    """Which other schemes are in the same launch, for profiles that know what that costs."""
+    given: Profile | None = field(default=None, repr=False, hash=False)
+    """A profile to use, None for the one that is shipped for the device."""
     name: ClassVar[str] = "measured"
     profile: Profile = field(init=False, repr=False, compare=False)
     roofline: Roofline = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         known = sorted(path.stem for path in DATA.glob("*.json"))
-        if self.device.name not in known:
+        if self.given is None and self.device.name not in known:
             raise NoProfile(device=self.device.name, known=", ".join(known))
-        object.__setattr__(self, "profile", _read(DATA / f"{self.device.name}.json"))
+        object.__setattr__(self, "profile", self.given or _read(DATA / f"{self.device.name}.json"))
         object.__setattr__(self, "roofline", Roofline(self.device))
 
     def tiles(self, scheme: Scheme) -> tuple[Tile, ...]:
@@ -256,10 +282,9 @@ class Measured:
     def _time(self, scheme: Scheme, tile: Tile) -> TileTime:
         """Give the figures of a measured tile, in company where that is asked for."""
         time, law = self.profile.rows[scheme][tile], self.profile.law
-        if not self.mixed or law is None:
+        if self.company is Company.NONE or law is None:
             return time
-        low, tall = law.mixed.get(scheme, (1.0, 1.0))
-        factor = low if tile.m <= LOW else tall
+        factor = law.mixed.get(scheme, (1.0,) * 4)[2 * self.company - 1 - (tile.m <= LOW)]
         return TileTime(time.stream_us * factor, None if time.reuse_us is None else time.reuse_us * factor)
 
     def _measured_us(self, time: TileTime, k: int, row_tiles: int) -> float:

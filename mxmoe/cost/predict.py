@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mxmoe.cost.measured import Measured
+from mxmoe.cost.measured import Company, Measured
 from mxmoe.cost.model import CostModel
 from mxmoe.cost.roofline import check_depth
 from mxmoe.cost.schedule import Schedule, longest_first
@@ -124,7 +124,7 @@ def predict_launch_us(model: CostModel, gemms: Sequence[Gemm]) -> float:
     if law is None or not isinstance(model, Measured):
         return predict_launch(model, gemms).makespan_us
     present = {scheme for gemm in gemms for rows, scheme in zip(gemm.rows, gemm.schemes, strict=True) if rows}
-    model = replace(model, mixed=len(present) > 1)
+    model = replace(model, company=Company.of(present))
     busy: dict[tuple[int, Scheme], float] = {}
     longest = missed = 0.0
     for at, gemm in enumerate(gemms):

@@ -15,7 +15,8 @@ def run_in_child(file: str, keyword: str, *, workers: int = 0, **variables: str)
     """
     # the child is no worker of ours, and plugins would take it for one
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    options = ["-x", "-vv", "-p", "no:cacheprovider", "-n", str(workers)]
+    # a plugin that is installed somewhere warns of workers, and warnings are errors
+    options = ["-x", "-vv", "-p", "no:cacheprovider", "-p", "no:benchmark", "-n", str(workers)]
     command = [sys.executable, "-m", "pytest", *options, "-k", keyword, file]
     done = subprocess.run(command, env=environment | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
