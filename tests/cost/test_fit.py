@@ -130,7 +130,9 @@ def test_company_costs_what_the_profile_says(tmp_path: Path, monkeypatch: pytest
     mixed = Gemm(2816, 2048, (300,) * 60, (SCHEMES[0],) * 59 + (SCHEMES[1],))
     idle = Gemm(2816, 2048, (300,) * 60 + (0,), (SCHEMES[0],) * 60 + (SCHEMES[1],))
     assert predict_launch_us(model, [idle]) == predict_launch_us(model, [one])
+    packed = Gemm(2816, 2048, (300,) * 60, (SCHEMES[0],) * 59 + (SCHEMES[2],))
     assert predict_launch_us(model, [mixed]) > 1.15 * predict_launch_us(model, [one])
+    assert predict_launch_us(model, [packed]) > 1.1 * predict_launch_us(model, [mixed])
     assert predict_launch_us(model, []) == 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxmoe.cost import Measured, Profile, Roofline, cost_model
-from mxmoe.cost.measured import DATA
+from mxmoe.cost.measured import DATA, Company
 from mxmoe.device import DEVICES
 from mxmoe.errors import BadProfile, NoProfile, UnknownName
 from mxmoe.ir import Scheme, Tile
@@ -123,6 +124,23 @@ def test_devices_without_a_profile_are_refused() -> None:
         cost_model("measured", "h100")
     with pytest.raises(UnknownName, match="measured"):
         cost_model("mesured", "rtx4090")
+
+
+def test_a_profile_that_is_given_is_used() -> None:
+    h100 = Measured(DEVICES["h100"], given=RTX4090.profile)
+    scheme, tile = next((scheme, tile) for scheme, tiles in RTX4090.profile.rows.items() for tile in tiles)
+    assert h100.tile_us(scheme, tile, 2048) == RTX4090.tile_us(scheme, tile, 2048)
+    assert replace(h100, company=Company.LIKE).profile is RTX4090.profile
+    assert h100 != Measured(DEVICES["rtx4090"])
+    assert hash(h100) == hash(replace(h100))
+
+
+@given(st.sets(ANY_SCHEME, max_size=4))
+def test_company_is_said_of_the_schemes_of_a_launch(present: set[Scheme]) -> None:
+    company = Company.of(present)
+    assert (company is Company.NONE) == (len(present) < 2)
+    packed = any(scheme.act_bits == 16 and scheme.weight_bits < 16 for scheme in present)
+    assert (company is Company.PACKED) == (packed and len(present) > 1)
 
 
 def _edit(**changes: object) -> dict[str, Any]:
