@@ -20,48 +20,48 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mxmoe.backends.triton import kernels, kernels_hopper
+from mxmoe.backends.triton import kernels_hopper
 from mxmoe.backends.triton.dispatch import WALK, Dispatch, Tables
+from mxmoe.backends.triton.hopper_runs import (
+    CHANNELS,
+    HEIGHTS,
+    LOW_BOX,
+    MOST_OPERANDS,
+    NARROW_WIDTH,
+    NIBBLES,
+    STAGES,
+    TALL_BOX,
+    WIDE,
+    Operands,
+    operands_for,
+    operands_of,
+    runs,
+)
 from mxmoe.backends.triton.kernels_hopper_ring import FIELDS
-from mxmoe.backends.triton.layout import ALIGN, KINDS, body_of
+from mxmoe.backends.triton.layout import ALIGN, body_of
 from mxmoe.backends.triton.mode import interpreting, programs_at_once
 from mxmoe.backends.triton.operands import Epilogue, Matrices, Rows
-from mxmoe.backends.triton.rows import RowKind
-from mxmoe.backends.triton.tiles import (
-    ALWAYS,
-    DIVIDED_WARPS,
-    Config,
-    Gemm,
-    Shape,
-    classes_of,
-    shapes_of,
-    tile_time,
-)
+from mxmoe.backends.triton.tiles import ALWAYS, DIVIDED_WARPS, Config, Gemm, Shape
 from mxmoe.ir import Scheme
 
 WARPS = DIVIDED_WARPS
 """Warps of a program: two warpgroups that multiply, and one of which a warp loads."""
-HEIGHTS = (16, 32, 64, 128)
-"""Rows of a tile."""
 WIDE_HEIGHTS = (HEIGHTS, (64, 128), (32, 64), (16,))
 NARROW_HEIGHTS = (HEIGHTS, (64, 128), (16, 32, 64), (64,))
 """Those worth measuring in one launch, where tiles of 64 rows are wide and where they are narrow."""
 TOGETHER_HEIGHTS = (HEIGHTS, (64, 128))
 """Those worth measuring where an expert that fills a tile of 128 rows has all its rows in such tiles."""
 BACKS = (2, 3)
-"""Every how manieth program may begin with low tiles (`Config.back`), where a launch has several bodies."""
+"""
+Every how manieth program may begin with low tiles (`Config.back`), where a launch has several bodies; the first of
+them also where all weights have 4 bits and scales of groups.
+"""
 ENOUGH_ROWS = {"dense": 1.0, "nibbles": 4.0, "scaled": 4.0}
 """Rows of a mean active expert from which the kernel is taken where nothing was measured, by body."""
 LEAST_ROWS, MANY_ROWS = 2.0, 24.0
 """Rows of a mean active expert up to which tiles are the lowest, and beyond which those of dense weights are tall."""
-MOST_OPERANDS = 4
-"""Kinds of operands that a launch has room for, beside those of an expert that sees every token."""
 REGISTERS = 168
 """Of a thread at the start: 64 K by all warps. The loading warpgroup hands its own on to the others."""
-CHANNELS = 256
-"""Channels of a tile of dense weights, both matrices together; of 4-bit ones, half as many."""
-TALL_BOX, LOW_BOX = 64, 16
-"""Rows of a copy: `kernels_hopper_ring`."""
 _ELEMENTS = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
@@ -69,20 +69,6 @@ _ELEMENTS = {
     torch.float8_e4m3fn: gl.float8e4nv,
     torch.uint8: gl.uint8,
 }
-
-NARROW_WIDTH = CHANNELS // 2
-"""Of a tile of few rows of dense weights."""
-WIDE, NARROW, NIBBLES, SCALED, SCALED_LOW, SLIM = 0, 1, 2, 3, 4, 5
-"""Bodies: `kernels_hopper_ring`."""
-RINGS = {WIDE: WIDE, NARROW: NARROW, NIBBLES: NIBBLES, SCALED: WIDE, SCALED_LOW: NARROW, SLIM: WIDE}
-"""Body -> the one whose ring of buffers it uses, its own or another's."""
-STAGES = {WIDE: 4, NARROW: 8, NIBBLES: 8}
-"""Buffers in flight of each ring: what shared memory holds."""
-WRITES, READS = 1, 2
-"""Whether what lies apart is written or read: `kernels_hopper_ring`."""
-
-Operands = tuple[str, int]
-"""Body that weights lie for, and the place of the kind of rows among those of the GEMM."""
 
 
 def fits(scheme: Scheme) -> bool:
@@ -156,10 +142,6 @@ def candidates(gemm: Gemm) -> tuple[Config, ...]:
     return tuple(dict.fromkeys(config for config in made if config is not None))
 
 
-def _operands_of(gemm: Gemm, scheme: Scheme) -> Operands:
-    return body_of(scheme) or "", gemm.row_kinds.index(RowKind.of(scheme))
-
-
 def _shape(
     scheme: Scheme,
     gemm: Gemm,
@@ -221,104 +203,6 @@ def run_hopper(
     )  # fmt: skip
 
 
-def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> list[tuple[Any, ...]]:
-    """
-    Give what each class of the schedule is compiled for: `kernels_hopper_ring.FIELDS`.
-
-    Longest tiles come first, but that runs of one ring follow each other: between rings the memory has to be empty.
-    Where there are two parts (`Config.back`), what multiplies comes before what reads.
-    """
-    gemm = matrices.gemm
-    tiling, specs = classes_of(gemm, config)
-    shapes = shapes_of(gemm, config)
-    fields = [
-        {**dict(zip(kernels.FIELDS, spec, strict=True)), "slim": shapes[one.group].slim}
-        for one, spec in zip(tiling.classes, specs, strict=True)
-    ]
-    operands = operands_of(gemm)
-    launch = (
-        *(len(gemm.schemes), config.grouping, int(gemm.gated), int(matrices.bias is not None)),
-        *(epilogue.act, *epilogue.pair),
-    )
-    order = sorted(range(len(fields)), key=lambda place: _shortness(gemm, tiling.classes[place].group, fields[place]))
-    rings = list(dict.fromkeys(_ring_of(fields[place], gemm) for place in order))
-    reading = [_reads(field, gemm, rings) for field in fields]
-    back = config.back if 0 < sum(reading) < len(reading) else 0
-    if back:
-        order.sort(key=reading.__getitem__)
-        rings.sort(key=lambda ring: ring[0] != WIDE)
-    made: list[tuple[Any, ...]] = []
-    barrier = 0
-    for ring in rings:
-        ring_kind, row_kind = ring
-        mine = [place for place in order if _ring_of(fields[place], gemm) == ring]
-        for place in mine:
-            field = fields[place]
-            kind = _kind_of(field, gemm)
-            body = KINDS[field["kind"]]
-            is_always = field["lead"] > 0
-            scales = len(gemm.row_kinds) if is_always else row_kind
-            held = MOST_OPERANDS if is_always else operands.index((body, row_kind))
-            columns = -(-field["n"] // _width_of(kind, gemm))
-            made.append(
-                (
-                    field["n"], field["k"], *launch, kind, field["height"], place, columns,
-                    field["group"] if kind == NIBBLES else 0, scales, held,
-                    barrier, STAGES[ring_kind], int(place == mine[-1] and _leaves(ring, rings, back)),
-                    (WRITES if gemm.gated else READS) if is_always else 0,
-                    *(int(reading[place]), int(not made or reading[place] != bool(made[-1][-3])), back),
-                )
-            )  # fmt: skip
-        barrier += STAGES[ring_kind]
-    return made
-
-
-def _shortness(gemm: Gemm, group: int, field: dict[str, int]) -> tuple[float, int]:
-    """Sort the longest tiles first, by the channels that they have here; of equally long ones the tallest."""
-    first = gemm.schemes if gemm.always is None else gemm.schemes[:-1]
-    schemes = [*(one for one in gemm.distinct if one in first), gemm.schemes[-1]]
-    width = _width_of(_kind_of(field, gemm), gemm)
-    return -tile_time(schemes[group], field["height"], width, field["k"]), -field["height"]
-
-
-def _reads(field: dict[str, int], gemm: Gemm, rings: Sequence[tuple[int, int]]) -> bool:
-    """Say whether tiles of a class keep memory busy for most of their time: a ring's all do, or none."""
-    return field["height"] < HEIGHTS[-1] if len(rings) == 1 else _ring_of(field, gemm)[0] != WIDE
-
-
-def _leaves(ring: tuple[int, int], rings: Sequence[tuple[int, int]], back: int) -> bool:
-    """Say whether a ring's memory becomes another's: some programs come to the first ring after the last."""
-    return len(rings) > 1 and (back > 0 or ring != rings[-1])
-
-
-def operands_of(gemm: Gemm) -> tuple[Operands, ...]:
-    """Kinds of operands of a GEMM, in order; an expert that sees every token has its own beside them."""
-    sorted_ones = gemm.schemes if gemm.always is None else gemm.schemes[:-1]
-    return tuple(sorted({_operands_of(gemm, scheme) for scheme in set(sorted_ones)}))
-
-
-def _kind_of(field: dict[str, int], gemm: Gemm) -> int:
-    """Body of a class: tiles of 64 rows are tall or low as the config's width says."""
-    body = KINDS[field["kind"]]
-    if body == "nibbles":
-        return NIBBLES
-    if field["slim"] and field["height"] == HEIGHTS[-1]:
-        return SLIM
-    is_narrow = field["width"] == NARROW_WIDTH // (1 + gemm.gated)
-    is_tall = field["height"] >= (TALL_BOX + is_narrow)
-    return {"dense": (NARROW, WIDE), "scaled": (SCALED_LOW, SCALED)}[body][is_tall]
-
-
-def _width_of(kind: int, gemm: Gemm) -> int:
-    """Output channels, of each matrix, of the tiles of a body."""
-    return (CHANNELS if kind in (WIDE, SCALED) else NARROW_WIDTH) // (1 + gemm.gated)
-
-
-def _ring_of(field: dict[str, int], gemm: Gemm) -> tuple[int, int]:
-    """Ring of buffers and kind of rows of a class."""
-    return RINGS[_kind_of(field, gemm)], field["row_kind"]
-
-
 def _layout(box: list[int], dtype: torch.dtype) -> Any:  # noqa: ANN401  # a class that Triton does not type
     return NVMMASharedLayout.get_default_for(box, _ELEMENTS[dtype])
 
@@ -345,7 +229,7 @@ class Always:
         """Find them in a launch, None where there is no such expert: a gate precedes what lies between the GEMMs."""
         if gemm.always is None:
             return None
-        operands = _operands_of(gemm, gemm.schemes[-1])
+        operands = operands_for(gemm, gemm.schemes[-1])
         codes, scales = rows.codes[operands[1]], rows.scales[operands[1]]
         if gemm.gated:
             return cls(operands, *gemm.always, codes, scales, _behind(out, dispatch, gemm.n, gemm.always[0]))

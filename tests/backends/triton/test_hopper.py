@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from mxmoe.backends.triton import hopper
+from mxmoe.backends.triton import hopper, hopper_runs
 from mxmoe.backends.triton.dispatch import Dispatch
 from mxmoe.backends.triton.kernels_hopper_ring import FIELDS
 from mxmoe.backends.triton.launch import Epilogue, Matrices, Rows, make_rows
@@ -46,7 +46,7 @@ heights = st.sets(st.sampled_from(hopper.HEIGHTS), min_size=1).map(sorted).map(t
 def test_tiles_are_those_the_kernel_is_written_for(
     names: list[str], gated: bool, width: int, tall: tuple[int, ...]
 ) -> None:
-    names = [*names, NIBBLES[width % len(NIBBLES)]] if len(set(names)) < hopper.MOST_OPERANDS else names
+    names = [*names, NIBBLES[width % len(NIBBLES)]] if len(set(names)) < hopper_runs.MOST_OPERANDS else names
     gemm = gemm_of(tuple(names), n=64 * width, gated=gated)
     config = hopper.config_for(gemm, tall)
     assert config is not None
@@ -77,11 +77,11 @@ def test_slim_tiles_share_the_ring_of_tall_ones(gated: bool) -> None:
     config = hopper.config_for(gemm, is_narrow=True, slim=True)
     assert config is not None
     matrices = Matrices(gemm, allocate_arena(1000, 512, gemm.schemes, 1 + gated, "cpu"), None)
-    runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper.runs(matrices, config, Epilogue())]
+    runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper_runs.runs(matrices, config, Epilogue())]
     tall = next(run for run in runs if run["height"] == 128)
-    assert (tall["kind"], tall["stages"]) == (hopper.SLIM, hopper.STAGES[hopper.WIDE])
+    assert (tall["kind"], tall["stages"]) == (hopper_runs.SLIM, hopper_runs.STAGES[hopper_runs.WIDE])
     assert tall["columns"] == (16 if gated else 8)
-    assert all(run["kind"] == hopper.NARROW for run in runs if run is not tall)
+    assert all(run["kind"] == hopper_runs.NARROW for run in runs if run is not tall)
 
 
 @given(st.lists(st.sampled_from(DENSE + NIBBLES), min_size=1, max_size=4), heights)
@@ -90,12 +90,12 @@ def test_a_ring_is_left_before_its_memory_is_another(names: list[str], tall: tup
     gemm = gemm_of(tuple(names))
     config = hopper.config_for(gemm, tall)
     if config is None:
-        assert len(hopper.operands_of(gemm)) > hopper.MOST_OPERANDS
+        assert len(hopper_runs.operands_of(gemm)) > hopper_runs.MOST_OPERANDS
         return
     matrices = Matrices(gemm, allocate_arena(256, 512, gemm.schemes, 2, "cpu"), None)
-    runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper.runs(matrices, config, Epilogue("silu"))]
+    runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper_runs.runs(matrices, config, Epilogue("silu"))]
     assert sorted(run["place"] for run in runs) == list(range(len(config.shapes) * len(tall)))
-    rings = [(hopper.RINGS[run["kind"]], run["rows"]) for run in runs]
+    rings = [(hopper_runs.RINGS[run["kind"]], run["rows"]) for run in runs]
     assert len(list(groupby(rings))) == len(set(rings))
     free = 0
     for before, run, ring, ring_before in zip([None, *runs], runs, rings, [None, *rings], strict=False):
@@ -116,7 +116,7 @@ def test_an_expert_that_sees_every_token_has_runs_of_its_own(
     assert config is not None
     config = hopper.with_always(gemm, config, tokens)
     matrices = Matrices(gemm, allocate_arena(256, 512, gemm.schemes, 1 + gated, "cpu"), None)
-    runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper.runs(matrices, config, Epilogue())]
+    runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper_runs.runs(matrices, config, Epilogue())]
     tiling, _ = classes_of(gemm, config)
     assert sorted(run["place"] for run in runs) == list(range(len(tiling.classes)))
     for run in runs:
@@ -124,10 +124,10 @@ def test_an_expert_that_sees_every_token_has_runs_of_its_own(
         assert run["height"] == one.height
         is_always = one.group == tiling.group[-1]
         assert (run["n"], run["k"]) == (own if is_always else (256, 512))
-        assert run["ring"] == (hopper.MOST_OPERANDS if is_always else 0)
+        assert run["ring"] == (hopper_runs.MOST_OPERANDS if is_always else 0)
         assert run["rows"] == (len(gemm.row_kinds) if is_always else gemm.row_kinds.index(RowKind.of(gemm.schemes[0])))
-        assert run["apart"] == ((hopper.WRITES if gated else hopper.READS) if is_always else 0)
-        wide = 128 if run["kind"] in (hopper.NARROW, hopper.NIBBLES, hopper.SCALED_LOW) else 256
+        assert run["apart"] == ((hopper_runs.WRITES if gated else hopper_runs.READS) if is_always else 0)
+        wide = 128 if run["kind"] in (hopper_runs.NARROW, hopper_runs.NIBBLES, hopper_runs.SCALED_LOW) else 256
         assert run["columns"] == -(-run["n"] * (1 + gated) // wide)
     assert {one.height for one in tiling.classes if one.group == 0} == set(tall)
 
@@ -266,7 +266,7 @@ def test_tiles_of_both_parts_are_taken_once(
         return
     matrices = Matrices(gemm, allocate_arena(256, 512, gemm.schemes, 2, "cpu"), None)
     config = replace(config, back=back)
-    runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper.runs(matrices, config, Epilogue("silu"))]
+    runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper_runs.runs(matrices, config, Epilogue("silu"))]
     assert [run["place"] for run in runs if run["begins"]] == [
         next(run["place"] for run in runs if run["reads"] == reads) for reads in dict.fromkeys(r["reads"] for r in runs)
     ]

@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from mxmoe.backends.eager import EagerBackend
-from mxmoe.backends.triton import TritonBackend, choose_ada, hopper, joint
+from mxmoe.backends.triton import TritonBackend, choose_ada, hopper, hopper_runs, joint
 from mxmoe.backends.triton.dispatch import Tables
 from mxmoe.backends.triton.executable import TritonExecutable
 from mxmoe.backends.triton.kernels_hopper_ring import FIELDS
@@ -71,7 +71,7 @@ def defined(
     assert not compile_only
     gemm, dispatch = matrices.gemm, tables.dispatch
     always = hopper.Always.of(gemm, rows, dispatch, out)
-    runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper.runs(matrices, config, epilogue)]
+    runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper_runs.runs(matrices, config, epilogue)]
     offsets = tables.table("offsets").tolist()
     for lane, scheme in enumerate(gemm.schemes):
         first, last = offsets[lane : lane + 2]
@@ -79,8 +79,8 @@ def defined(
         codes, scales = rows.codes[kind].view(-1, gemm.k), rows.scales[kind].view(-1)
         arena, to, read, write = matrices.arena, out[0], slice(first, last), slice(first, last)
         if always is not None and lane == dispatch.experts:
-            mine = {run["apart"] for run in runs if run["ring"] == hopper.MOST_OPERANDS}
-            assert mine == {hopper.WRITES if gemm.gated else hopper.READS}
+            mine = {run["apart"] for run in runs if run["ring"] == hopper_runs.MOST_OPERANDS}
+            assert mine == {hopper_runs.WRITES if gemm.gated else hopper_runs.READS}
             codes, scales, to = always.codes, always.scales.view(-1), always.out.view(-1, always.n)
             read, write = (read, slice(0, last - first)) if gemm.gated else (slice(0, last - first), write)
             arena = replace(arena, n=always.n, k=always.k)
@@ -176,7 +176,7 @@ def test_the_kinds_that_routed_experts_have_leave_room_for_a_shared_one(stand_in
         schemes = (*one.gemm.schemes[:4], one.gemm.schemes[0], one.gemm.schemes[-1])
         gemm = replace(one.gemm, schemes=schemes)
         assert hopper.config_for(gemm) is not None
-        assert len(hopper.operands_of(gemm)) == hopper.MOST_OPERANDS
+        assert len(hopper_runs.operands_of(gemm)) == hopper_runs.MOST_OPERANDS
 
 
 @interpreted
