@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import triton
 
-from mxmoe.backends.triton.tiles import DIVIDED_WARPS, Config, Gemm, Shape
+from mxmoe.backends.triton.layout import body_of
+from mxmoe.backends.triton.tiles import ALWAYS, DIVIDED_WARPS, Config, Gemm, Shape
 from mxmoe.errors import BadTiles
 from mxmoe.ir import Scheme
 
@@ -86,11 +87,14 @@ def _pairs(head: str) -> list[tuple[str, str]]:
     return [(head[at], head[at + 1 : end]) for at, end in zip(starts, [*starts[1:], len(head)], strict=True)]
 
 
-Run = tuple[int, int | None, tuple[int, ...], int]
+Run = tuple[int, int | None, tuple[int, ...], int, int]
 """
-What all schemes of a launch share: warps, most registers, and of the divided kernel the heights of its tiles and which
-programs begin with low ones.
+What all schemes of a launch share: warps, most registers, of the divided kernel the heights of its tiles and which
+programs begin with low ones, and of the whole one the bytes of a row in a step: with the shared memory of one scheme's
+deep steps, fewer programs of all run at once.
 """
+STEP = 128
+"""Bytes of a row in a step, at least: of packed weights, and of dense ones whose tiles are not deep."""
 
 
 def kind_of(config: Config) -> str:
@@ -100,8 +104,11 @@ def kind_of(config: Config) -> str:
 
 def run_of(config: Config) -> Run:
     """Give what the schemes of a launch with this config share."""
-    heights = config.shapes[0][1].heights if kind_of(config) == DIVIDED else ()
-    return config.warps, config.registers, heights, config.back
+    if kind_of(config) == DIVIDED:
+        return config.warps, config.registers, config.shapes[0][1].heights, config.back, STEP
+    dense = [(Scheme.parse(name), shape) for name, shape in config.shapes if name != ALWAYS]
+    steps = [shape.depth * max(1, one.act_bits // 8) for one, shape in dense if body_of(one) == "dense"]
+    return config.warps, config.registers, (), config.back, max([STEP, *steps])
 
 
 @dataclass(frozen=True)

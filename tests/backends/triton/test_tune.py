@@ -244,6 +244,19 @@ def test_mixes_keep_their_tiles_and_share_a_run() -> None:
     assert tuned_config(file_of(entries[0], entries[4]), gemm, 60, 4, rule) is None
 
 
+def test_deep_steps_of_one_scheme_do_not_take_the_memory_of_all() -> None:
+    entries = (
+        entry("w4g2 w8a8_sym=16x64k256s3", 10.0),
+        entry("w4g2 w8a8_sym=16x64k128s4", 12.0),
+        entry("w4g2 w4a8_g128_sym=16x64k128s3", 30.0),
+    )
+    alone, both = gemm_of(W8), gemm_of(W8, W4)
+    found = tuned_config(file_of(*entries), alone, 60, 4, by_rule(alone, 60, 4))
+    assert found.shape(alone.distinct[0]).depth == 256
+    found = tuned_config(file_of(*entries), both, 60, 4, by_rule(both, 60, 4))
+    assert {shape.depth for _, shape in found.shapes} == {128}
+
+
 def test_a_set_that_was_measured_comes_first() -> None:
     both = entry(f"w4g2 {W4}=16x64k128s3 {W8}=16x64k128s4", 50.0, scheme=f"{W4}+{W8}")
     alone = [entry(f"w8g2 {name}=32x64k128s3", 1.0) for name in (W4, W8)]
