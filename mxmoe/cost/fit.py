@@ -139,12 +139,21 @@ class _Fit:
         return np.log(law.launch(busy, longest)) + self.missed - self.time
 
     def near(self) -> tuple[Near, ...]:
-        """What the law misses at every launch of one scheme."""
-        errors = self.errors()
-        found: list[Near] = []
-        for one, error in zip(self.observed, errors.tolist(), strict=True):
+        """
+        What the law misses at every launch of one scheme.
+
+        Of one product, more rows for no fewer experts cannot take less time: where a measurement says so, it is noise,
+        and launches are taken to have lasted equally long.
+        """
+        law, found = self.errors() + self.time, list[Near]()
+        products: dict[tuple[Scheme, int, int], list[int]] = {}
+        for at, one in enumerate(self.observed):
             if len(one.load) == 1:
-                found.append(Near(next(iter(one.load)), *_shape(one), _short(math.exp(-error))))
+                products.setdefault((next(iter(one.load)), one.n, one.k), []).append(at)
+        for (scheme, _, _), places in products.items():
+            order = sorted(places, key=lambda at: _size(self.observed[at]))
+            for at, time in zip(order, rising(self.time[order].tolist()), strict=True):
+                found.append(Near(scheme, *_shape(self.observed[at]), _short(math.exp(time - law[at]))))
         return tuple(found)
 
     def take(self, near: tuple[Near, ...]) -> None:
@@ -231,6 +240,24 @@ def _shape(one: Observation) -> tuple[int, int, float, int]:
     active = sum(experts for counts in one.load.values() for experts in counts.values())
     rows = sum(rows * experts for counts in one.load.values() for rows, experts in counts.items())
     return one.n, one.k, round(rows / active, 3), active
+
+
+def _size(one: Observation) -> tuple[int, float]:
+    """Active experts, then rows of a mean one."""
+    _, _, rows, active = _shape(one)
+    return active, rows
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """Give the nearest values that never fall, in least squares (pool adjacent violators; Ayer et al., 1955)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        mean, count = value, 1
+        while pools and pools[-1][0] > mean:
+            before, many = pools.pop()
+            mean, count = (mean * count + before * many) / (count + many), count + many
+        pools.append((mean, count))
+    return [mean for mean, count in pools for _ in range(count)]
 
 
 def _search(found: _Fit, key: _Key, step: float, loss: float) -> tuple[float, float]:

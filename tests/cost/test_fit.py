@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mxmoe.cost import Gemm, Law, Measured, Observation, Profile, TileTime, fit_profile, predict_launch_us
 from mxmoe.cost import measured as module
+from mxmoe.cost.fit import rising
 from mxmoe.device import DEVICES
 from mxmoe.errors import BadWorkload
 from mxmoe.ir import Scheme, Tile
@@ -134,6 +138,16 @@ def test_company_costs_what_the_profile_says(tmp_path: Path, monkeypatch: pytest
     assert predict_launch_us(model, [mixed]) > 1.15 * predict_launch_us(model, [one])
     assert predict_launch_us(model, [packed]) > 1.1 * predict_launch_us(model, [mixed])
     assert predict_launch_us(model, []) == 0
+
+
+@given(st.lists(st.floats(-5, 5), max_size=12))
+def test_what_rises_is_the_nearest(values: list[float]) -> None:
+    found = rising(values)
+    assert all(a <= b + 1e-9 for a, b in pairwise(found))
+    assert sum(found) == pytest.approx(sum(values), abs=1e-6)
+    assert rising(sorted(values)) == pytest.approx(sorted(values))
+    # no shift of the end by itself brings it nearer: the last pool is a mean of the last values, and none is lower
+    assert not values or found[-1] == pytest.approx(max(np.mean(values[at:]) for at in range(len(values))))
 
 
 def test_nothing_cannot_be_fitted() -> None:

@@ -49,8 +49,7 @@ def operands_for(gemm: Gemm, scheme: Scheme) -> Operands:
 
 def operands_of(gemm: Gemm) -> tuple[Operands, ...]:
     """Kinds of operands of a GEMM, in order; an expert that sees every token has its own beside them."""
-    sorted_ones = gemm.schemes if gemm.always is None else gemm.schemes[:-1]
-    return tuple(sorted({operands_for(gemm, scheme) for scheme in set(sorted_ones)}))
+    return tuple(sorted({operands_for(gemm, scheme) for scheme in set(gemm.routed)}))
 
 
 @dataclass(frozen=True)
@@ -109,15 +108,13 @@ def runs(matrices: Matrices, config: Config, epilogue: Epilogue) -> list[tuple[A
 def _classes(gemm: Gemm, config: Config) -> list[_Class]:
     """Classes of the schedule, in its order."""
     tiling, specs = classes_of(gemm, config)
-    first = gemm.schemes if gemm.always is None else gemm.schemes[:-1]
-    schemes = [*(one for one in gemm.distinct if one in first), gemm.schemes[-1]]
     shapes = shapes_of(gemm, config)
     found: list[_Class] = []
     for place, (one, spec) in enumerate(zip(tiling.classes, specs, strict=True)):
         field = dict(zip(kernels.FIELDS, spec, strict=True))
         kind = _kind_of(field, shapes[one.group].slim, gemm)
         width = (CHANNELS if kind in (WIDE, SCALED) else NARROW_WIDTH) // (1 + gemm.gated)
-        time = tile_time(schemes[one.group], field["height"], width, field["k"])
+        time = tile_time(gemm.groups[one.group], field["height"], width, field["k"])
         found.append(_Class(place, field, kind, width, (RINGS[kind], field["row_kind"]), time))
     return found
 

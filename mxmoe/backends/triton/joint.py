@@ -50,8 +50,6 @@ On an H200 that saves 20 to 30 us of a block of Qwen1.5-MoE with 1 to 300 tokens
 many rows either bank has tiles of its own, and where loading is not divided from multiplying, the compiler would give
 every class of the shared expert's tiles memory for itself.
 """
-DIVIDES = True
-"""Whether joined launches may take the divided kernel, and so join beyond `MOST_TOKENS`."""
 MOST_ROWS = 1 << 18
 """Assignments up to which banks run together: more tokens are run in turns (`executable.MAX_ROWS`)."""
 
@@ -71,8 +69,6 @@ class Joint:
     """Type of the tokens -> type in which it waits."""
     top_k: int
     """Of the router."""
-    divides: bool
-    """Whether launches may take the divided kernel, where there is one."""
     chosen: dict[tuple[int, int], tuple[Config, Config]] = field(default_factory=dict)
     """Tiles of both GEMMs, by tokens and top_k."""
     constants: dict[tuple[int, int, tuple[Config, ...]], Tensor] = field(default_factory=dict)
@@ -86,7 +82,7 @@ class Joint:
         kinds = (routed.down.gemm.row_kinds, shared.down.gemm.row_kinds)
         epilogue = Epilogue(routed.act, tuple(routed.act_params.values()))
         finer = shared if any(kind.format == "fp16" for kind in kinds[1]) else routed
-        return cls(entry, down, epilogue, kinds, (routed.turn, shared.turn), finer.between, top_k, DIVIDES)
+        return cls(entry, down, epilogue, kinds, (routed.turn, shared.turn), finer.between, top_k)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -109,7 +105,7 @@ class Joint:
         return self.chosen[key]
 
     def _config(self, gemm: Gemm, tokens: int, top_k: int) -> Config:
-        config = config_for(gemm, tokens, top_k, self.down.arena.data.device, is_plain=not self.divides)
+        config = config_for(gemm, tokens, top_k, self.down.arena.data.device)
         if not reads_sorted(config):
             return config
         from mxmoe.backends.triton import hopper  # its kernels are no Python that the interpreter runs

@@ -142,6 +142,17 @@ class Gemm:
         return tuple(sorted(set(self.schemes)))
 
     @property
+    def routed(self) -> tuple[Scheme, ...]:
+        """Schemes of the experts that are routed to, [expert]: of all but one that sees every token."""
+        return self.schemes if self.always is None else self.schemes[:-1]
+
+    @property
+    def groups(self) -> tuple[Scheme, ...]:
+        """Scheme of every group of experts that are cut alike; what sees every token is the last group by itself."""
+        first = tuple(scheme for scheme in self.distinct if scheme in self.routed)
+        return first if self.always is None else (*first, self.schemes[-1])
+
+    @property
     def row_kinds(self) -> tuple[RowKind, ...]:
         """The kinds of rows that the common launch multiplies, in order."""
         return tuple(sorted({RowKind.of(scheme) for scheme in self.distinct if scheme not in self.apart}))
@@ -155,16 +166,16 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
         The tiling that the schedule is built from, and what each class of the common launch is compiled for
         (`kernels.FIELDS`): that launch ends before the classes of schemes that are `apart`, tallest tile first.
     """
-    distinct, kinds = gemm.distinct, gemm.row_kinds
+    kinds = gemm.row_kinds
     rows: list[tuple[tuple[float, ...], TileClass, tuple[int, ...] | None]] = []
     together: set[int] = set()
-    first = gemm.schemes if gemm.always is None else gemm.schemes[:-1]
-    sizes = [(scheme, gemm.n, gemm.k, 0) for scheme in distinct if scheme in first]
-    groups = tuple([one[0] for one in sizes].index(scheme) for scheme in first)
+    groups = tuple(map(gemm.groups.index, gemm.routed))
+    sizes = [(gemm.n, gemm.k, 0)] * len(gemm.groups)
     if gemm.always is not None:
-        groups += (len(sizes),)
-        sizes.append((gemm.schemes[-1], *gemm.always, gemm.k))
-    for group, ((scheme, n, k, lead), shape) in enumerate(zip(sizes, shapes_of(gemm, config), strict=True)):
+        groups += (len(sizes) - 1,)
+        sizes[-1] = (*gemm.always, gemm.k)
+    cut = zip(gemm.groups, sizes, shapes_of(gemm, config), strict=True)
+    for group, (scheme, (n, k, lead), shape) in enumerate(cut):
         columns = -(-n // shape.width) * shape.parts
         together |= {group} if shape.together else set()
         for height in shape.heights:
@@ -185,11 +196,10 @@ def classes_of(gemm: Gemm, config: Config) -> tuple[Tiling, tuple[tuple[int, ...
 
 
 def shapes_of(gemm: Gemm, config: Config) -> tuple[Shape, ...]:
-    """Tiles of every group of `classes_of`."""
+    """Tiles of every group."""
     if gemm.always is None:
-        return tuple(map(config.shape, gemm.distinct))
-    first = tuple(config.shape(scheme) for scheme in gemm.distinct if scheme in gemm.schemes[:-1])
-    return (*first, config.shape_of_always(gemm.schemes[-1]))
+        return tuple(map(config.shape, gemm.groups))
+    return (*map(config.shape, gemm.groups[:-1]), config.shape_of_always(gemm.groups[-1]))
 
 
 def _scale_group(scheme: Scheme) -> int:

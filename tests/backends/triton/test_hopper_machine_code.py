@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from triton import knobs
 from triton.runtime import driver
 
-from mxmoe.backends.triton import choose_ada, hopper, joint, kernels_hopper
+from mxmoe.backends.triton import choose_ada, hopper, kernels_hopper
 from mxmoe.backends.triton.backend import Outline
 from mxmoe.backends.triton.cubin import read_cubin
 from mxmoe.backends.triton.dispatch import Dispatch
@@ -81,7 +81,6 @@ def test_divided_machine_code(names: tuple[str, ...], monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("names", JOINED, ids="+".join)
 def test_divided_machine_code_of_joined_banks(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole call of a block, rehearsed: two divided launches, with what lies before, between and behind."""
-    monkeypatch.setattr(joint, "DIVIDES", True)
     monkeypatch.setattr(choose_ada, "_divides", lambda _device: True)
     monkeypatch.setattr(choose_ada, "arch_of", lambda _device: 90)
     monkeypatch.setattr(hopper, "programs_at_once", lambda _device: SM_COUNT)

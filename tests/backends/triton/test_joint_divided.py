@@ -56,7 +56,6 @@ def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Divide whatever fits, by rule."""
     monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 0.0, "nibbles": 0.0, "scaled": 0.0})
     monkeypatch.setattr(choose_ada, "tuned_for", lambda _device: None)
-    monkeypatch.setattr(joint, "DIVIDES", True)
     choose_ada.choose.cache_clear()
     yield
     choose_ada.choose.cache_clear()
@@ -192,10 +191,12 @@ def test_a_shared_expert_has_tiles_by_its_own_rows(stand_in: list[Config]) -> No
                 assert config.shapes[-1][0] == ALWAYS
                 assert config.shape_of_always(scheme).heights == (heights or tall)
                 assert parse_config(spell_config(config)) == config
-        plain = replace(made.joint, divides=False, chosen={})
-        assert not any(map(reads_sorted, plain.configs(300, TOP_K)))
-        assert plain.takes(joint.MOST_TOKENS, TOP_K)
-        assert not plain.takes(300, TOP_K)
+        plain = replace(made.joint, chosen={})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(choose_ada, "_divides", lambda _device: False)
+            assert not any(map(reads_sorted, plain.configs(300, TOP_K)))
+            assert plain.takes(joint.MOST_TOKENS, TOP_K)
+            assert not plain.takes(300, TOP_K)
         assert not made.joint.takes(joint.MOST_ROWS, TOP_K)
     assert not stand_in
 
