@@ -9,6 +9,7 @@ from mxmoe.backends.triton.ahead import Request
 from mxmoe.backends.triton.dispatch import power_of_two_from
 from mxmoe.backends.triton.int4 import Int4Options, launch_constants, launch_warps
 from mxmoe.backends.triton.kernels_int4 import int4_kernel
+from mxmoe.backends.triton.mode import ptx_for
 from mxmoe.backends.triton.tiles import Config, Gemm, classes_of
 from mxmoe.ir import Scheme
 
@@ -70,7 +71,7 @@ def gemm_request(
         "Q": params[1],
         "BIAS_N": gemm.n,
         "LD": gemm.n,
-        "PTX": True,
+        "PTX": ptx_for(arch),
         "WALKS": config.per_sm > 0,
     }
     signature |= dict.fromkeys(constants, "constexpr")

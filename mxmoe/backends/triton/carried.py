@@ -23,10 +23,8 @@ from tqdm import tqdm
 from triton.runtime.cache import get_cache_manager
 
 from mxmoe.backends.triton.ahead import Binary
+from mxmoe.backends.triton.mode import HOPPER
 from mxmoe.errors import AheadFailed, BrokenCheckpoint
-
-HOPPER = 90
-"""Capability that has a divided kernel, and measured tiles."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from triton import knobs
 from mxmoe.backends.triton import int4
 from mxmoe.backends.triton.choose import by_rule, mean_rows
 from mxmoe.backends.triton.layout import body_of, unit_channels
+from mxmoe.backends.triton.mode import arch_of
 from mxmoe.backends.triton.tiles import Config, Gemm, Shape
 from mxmoe.backends.triton.tuned import DIVIDED, Tuned, tuned_config, tuned_for
 from mxmoe.ir import Scheme
@@ -85,18 +86,6 @@ def choose(gemm: Gemm, tokens: int, top_k: int, arch: int, tuned: Tuned | None, 
 def config_for_arch(gemm: Gemm, tokens: int, top_k: int, arch: int) -> Config:
     """Choose as `config_for` does, by the compute capability times ten."""
     return ada_config(gemm, mean_rows(gemm, tokens, top_k)) if arch < 90 else by_rule(gemm, tokens, top_k)
-
-
-@lru_cache(maxsize=16)
-def arch_of(device: torch.device) -> int:
-    """Compute capability that Triton decides for: what it is told, or the device's; of the interpreter, Hopper's."""
-    told = knobs.runtime.override_arch
-    if told:
-        return int(told.removeprefix("sm"))
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 @lru_cache(maxsize=4096)

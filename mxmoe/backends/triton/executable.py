@@ -18,6 +18,7 @@ from mxmoe.backends.triton.launch import (
     Matrices,
     act_in_torch,
     begin,
+    is_plain,
     make_rows,
     reads_sorted,
     room_for_tables,
@@ -120,7 +121,11 @@ class Bank:
             epilogue = Epilogue(self.act, tuple(self.act_params.values()))
             is_sorted = reads_sorted(configs[0])
             read = begin(tables, index, hidden, kinds, is_sorted=is_sorted)
-            multiply(self.entries[0], configs[0], read, tables, 0, act, epilogue, gather=not is_sorted, x=hidden)
+            few_next = self.turn > 0 or not all(is_plain(kind, act.dtype) for kind in self.down.gemm.row_kinds)
+            multiply(
+                self.entries[0], configs[0], read, tables, 0, act, epilogue,
+                gather=not is_sorted, x=hidden, few_next=few_next,
+            )  # fmt: skip
             made["act"] = act[0]
         else:
             build(tables, index)
@@ -156,7 +161,7 @@ class Bank:
         dtype = torch.float32 if parts > 1 else act.dtype
         y = torch.empty((parts, tables.dispatch.rows, gemm.n), dtype=dtype, device=act.device)
         read = make_rows(act, gemm.row_kinds, self.turn)
-        multiply(self.down, config, read, tables, 1, y, Epilogue(), gather=False, x=act, turn=self.turn)
+        multiply(self.down, config, read, tables, 1, y, Epilogue(), gather=False, x=act, turn=self.turn, few_next=True)
         return y
 
 
@@ -216,10 +221,12 @@ class TritonExecutable:
             BadHidden, BadRouting, WrongDevice: arguments that do not fit the block.
         """
         compiled = self._checked(bank, hidden, top_k_index, top_k_weights)
-        out = torch.empty_like(hidden)
         hidden = hidden.contiguous()
         index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
         step = max(1, MAX_ROWS // max(1, index.shape[1]))
+        if 0 < len(hidden) <= step:
+            return compiled.run(hidden, index, weights, compiled.configs(*index.shape))["out"]
+        out = torch.empty_like(hidden)
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
             configs = compiled.configs(len(hidden[part]), index.shape[1])

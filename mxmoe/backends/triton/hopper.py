@@ -39,7 +39,7 @@ from mxmoe.backends.triton.hopper_runs import (
 )
 from mxmoe.backends.triton.kernels_hopper_ring import FIELDS
 from mxmoe.backends.triton.layout import ALIGN, body_of
-from mxmoe.backends.triton.mode import interpreting, programs_at_once
+from mxmoe.backends.triton.mode import interpreting, overlap, programs_at_once
 from mxmoe.backends.triton.operands import Epilogue, Matrices, Rows
 from mxmoe.backends.triton.tiles import ALWAYS, DIVIDED_WARPS, Config, Gemm, Shape
 from mxmoe.ir import Scheme
@@ -178,13 +178,14 @@ def takes(matrices: Matrices, config: Config, out: Tensor, epilogue: Epilogue) -
 
 def run_hopper(
     matrices: Matrices, config: Config, rows: Rows, tables: Tables, which: int, out: Tensor, epilogue: Epilogue,
-    *, compile_only: bool = False,
+    *, few_next: bool = False, compile_only: bool = False,
 ) -> None:  # fmt: skip
     """Multiply every scheduled row by its expert's weights, as `launch.run_gemm`; rows are sorted by expert."""
     gemm, dispatch, arena = matrices.gemm, tables.dispatch, matrices.arena
     made = tuple(runs(matrices, config, epilogue))
     columns = max(run[FIELDS.index("columns")] for run in made)
-    programs = min(programs_at_once(out.device), dispatch.bands(which) * columns)
+    most = programs_at_once(out.device)
+    programs = min(most, dispatch.bands(which) * columns)
     if not programs or not dispatch.rows:
         return
     assert gemm.always is None or matrices.bias is None, "biases of one size"
@@ -198,8 +199,9 @@ def run_hopper(
         out, tables.words[dispatch.places[f"class_band{which}"][0] :],
         tables.words[dispatch.places[f"band_expert{which}"][0] :], dispatch.bands(which),
         tables.table("walk")[WALK * which :],
-        (tables.table("offsets")[dispatch.experts :], always.out) if always else None, made,
-        num_warps=4, maxnreg=REGISTERS,
+        (tables.table("offsets")[dispatch.experts :], always.out) if always else None,
+        int(few_next or programs == most), made,
+        num_warps=4, maxnreg=REGISTERS, **overlap(out.device),
     )  # fmt: skip
 
 

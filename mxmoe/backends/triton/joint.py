@@ -13,24 +13,24 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mxmoe.backends.triton import kernels_joint
 from mxmoe.backends.triton.choose_ada import config_for
-from mxmoe.backends.triton.dispatch import Dispatch, Tables
+from mxmoe.backends.triton.dispatch import Dispatch, Tables, power_of_two_from
 from mxmoe.backends.triton.launch import (
     Epilogue,
     Matrices,
     Rows,
     begin,
     hadamard,
+    is_plain,
     reads_sorted,
     room_for_tables,
     run_gemm,
 )
 from mxmoe.backends.triton.layout import Arena
-from mxmoe.backends.triton.mode import interpreting
+from mxmoe.backends.triton.mode import overlap, ptx_of
 from mxmoe.backends.triton.rows import RowKind
 from mxmoe.backends.triton.tiles import Config, Gemm, classes_of
 
@@ -131,17 +131,22 @@ class Joint:
         act = hidden.new_empty((1, tables.dispatch.beyond + tokens * (wide // narrow), narrow), dtype=dtype)
         is_sorted = reads_sorted(configs[0])
         read = begin(tables, index, hidden, self.entry.gemm.row_kinds, is_sorted=is_sorted)
-        run_gemm(self.entry, configs[0], read, tables, 0, act, self.epilogue, gather=not is_sorted)
+        plain = not any(self.turns) and all(is_plain(kind, dtype) for kind in self.down.gemm.row_kinds)
+        run_gemm(
+            self.entry, configs[0], read, tables, 0, act, self.epilogue, gather=not is_sorted, few_next=not plain
+        )  # fmt: skip
         gemm = self.down.gemm
         parts = max(configs[1].shape(scheme).parts for scheme in gemm.distinct)
         dtype = torch.float32 if parts > 1 else dtype
         y = torch.empty((parts, tables.dispatch.rows, gemm.n), dtype=dtype, device=act.device)
         read = self._down_rows(act.view(-1), tables.dispatch)
-        run_gemm(self.down, configs[1], read, tables, 1, y, Epilogue(), gather=False)
-        block = min(triton.next_power_of_2(gemm.n), 1024)
-        _KERNELS.combine_both[(tokens, triton.cdiv(gemm.n, block))](
+        run_gemm(self.down, configs[1], read, tables, 1, y, Epilogue(), gather=False, few_next=True)
+        block = min(power_of_two_from(gemm.n), 1024)
+        blocks = -(-gemm.n // block)
+        _KERNELS.combine_both[(tokens, blocks)](
             y, tables.table("place_of"), weights, routed, shared, tokens * top_k, y.stride(0),
-            top_k, parts, gemm.n, block, not interpreting(), num_warps=4,
+            top_k, parts, gemm.n, block, ptx_of(act.device),
+            num_warps=4, **overlap(act.device, tokens * blocks),
         )  # fmt: skip
 
     def tables(self, tokens: int, top_k: int, configs: tuple[Config, ...]) -> Tables:
@@ -162,7 +167,7 @@ class Joint:
         codes, scales = dict[RowKind, Tensor](), dict[RowKind, Tensor]()
         parts: tuple[list[tuple[RowKind, Tensor, Tensor]], ...] = ([], [])
         for kind in self.down.gemm.row_kinds:
-            if kind.format in ("bf16", "fp16") and kind.dtype == act.dtype and not any(self.turns):
+            if is_plain(kind, act.dtype) and not any(self.turns):
                 codes[kind], scales[kind] = act, none
                 continue
             groups = [-(-width // kind.group) if kind.group else 1 for width in self.widths]
@@ -185,7 +190,7 @@ class Joint:
             return
         longest = max(kind.group for kind in self.down.gemm.row_kinds)
         held = zip(self.widths, self.turns, strict=True)
-        blocks = [triton.next_power_of_2(max(width, 16 * turn, longest)) for width, turn in held]
+        blocks = [power_of_two_from(max(width, 16 * turn, longest)) for width, turn in held]
         sources = (act, act[beyond * self.widths[0] :])
         pointers, constants = list[object](), list[object]()
         for which, (part, turn) in enumerate(zip(parts, self.turns, strict=True)):
@@ -194,7 +199,9 @@ class Joint:
             pointers += [sources[which], *made, matrix, *([] if which else [counts[0]])]
             constants += [self.widths[which], blocks[which], tuple(kind.spec for kind, _, _ in part), turn]
         warps = 16 if max(blocks) > 8192 else 8 if max(blocks) > 2048 else 4
-        _KERNELS.prepare_both[(sum(counts),)](*pointers, *constants, not interpreting(), num_warps=warps)
+        _KERNELS.prepare_both[(sum(counts),)](
+            *pointers, *constants, ptx_of(act.device), num_warps=warps, **overlap(act.device, sum(counts))
+        )  # fmt: skip
 
 
 def _joined(one: Matrices, other: Matrices, room: Tensor) -> Matrices:

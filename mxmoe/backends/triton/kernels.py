@@ -18,6 +18,7 @@ import triton.language as tl
 
 from mxmoe.backends.triton.bodies import channels, dense, nibbles, scaled, wide
 from mxmoe.backends.triton.decode import E4M3_STEP, INT8_STEP, cast
+from mxmoe.backends.triton.kernels_chain import wait, wait_and_lead
 from mxmoe.backends.triton.kernels_schedule import tile_in_class
 
 FIELDS = (
@@ -276,6 +277,7 @@ def group_gemm(
     `base_ptr` int64 [matrices, LANES, 3] where payload, scale and zero of each lie; `bias_ptr` float32 [matrices,
     LANES, BIAS_N]; the tables of the schedule; `y_ptr` [parts, rows, LD].
     """
+    wait(PTX)
     if WALKS:
         last = tl.load(ends_ptr + CP + len(CLASSES))
         for tile in range(tl.program_id(0), last, tl.num_programs(0)):
@@ -327,6 +329,7 @@ def combine(
     PTX: tl.constexpr,
 ) -> None:  # fmt: skip
     """out[token] = sum over its choices, first choice first, of router weight * y[place], in float32."""
+    wait_and_lead(PTX)
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)

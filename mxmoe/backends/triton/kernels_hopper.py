@@ -56,6 +56,20 @@ from mxmoe.backends.triton.kernels_hopper_scaled import load_scaled, multiply_sc
 
 
 @gluon.jit
+def _wait() -> None:
+    """`kernels_chain.wait`, in Gluon."""
+    code: gl.constexpr = "griddepcontrol.wait; // $0"
+    gl.inline_asm_elementwise(code, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _lead() -> None:
+    """Let the next launch begin, whose programs wait."""
+    code: gl.constexpr = "griddepcontrol.launch_dependents; // $0"
+    gl.inline_asm_elementwise(code, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _drain(empty: gl.tensor, s: gl.tensor, phase: gl.tensor, S: gl.constexpr) -> None:
     """Wait until every buffer of a ring was given back."""
     COUNT: gl.constexpr = S[STAGES]
@@ -115,7 +129,7 @@ def _load_part(
 @gluon.jit
 def _load(
     tall: gl.tuple, low: gl.tuple, wide: gl.tuple, narrow: gl.tuple, metas: gl.tensor, tables: gl.tuple,
-    ring: gl.tuple, post: gl.tuple, always: gl.tuple, RUNS: gl.constexpr,
+    ring: gl.tuple, post: gl.tuple, always: gl.tuple, leads: gl.tensor, RUNS: gl.constexpr,
 ) -> None:  # fmt: skip
     """Fill the rings for all tiles of this program; the last program that does leaves the counters as they were."""
     before = gl.to_tensor(0)
@@ -137,6 +151,8 @@ def _load(
             before, tile, turn, s, phase = _load_run(
                 tall, low, wide, narrow, metas, tables, ring, post, always, before, tile, turn, s, phase, run(RUNS, i)
             )
+    if leads != 0:
+        _lead()
     walk_ptr = tables[4]
     if gl.atomic_add(walk_ptr + 1, 1, sem="relaxed") == gl.num_programs(0) - 1:
         gl.store(walk_ptr, 0)
@@ -247,7 +263,7 @@ def _post() -> gl.tuple:
     return number, posted, taken
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["leads"])
 def divided_gemm(
     tall0: gl.tensor, low0: gl.tensor, wide0: gl.tensor, narrow0: gl.tensor, tall1: gl.tensor, low1: gl.tensor,
     wide1: gl.tensor, narrow1: gl.tensor, tall2: gl.tensor, low2: gl.tensor, wide2: gl.tensor, narrow2: gl.tensor,
@@ -255,7 +271,7 @@ def divided_gemm(
     wide4: gl.tensor, narrow4: gl.tensor,
     metas: gl.tensor, arena: gl.tensor, base_ptr: gl.tensor, bias_ptr: gl.tensor, x_scales: gl.tuple,
     y_ptr: gl.tensor, ends_ptr: gl.tensor, band_ptr: gl.tensor, bands: gl.tensor, walk_ptr: gl.tensor,
-    always: gl.tuple, RUNS: gl.constexpr,
+    always: gl.tuple, leads: gl.tensor, RUNS: gl.constexpr,
 ) -> None:  # fmt: skip
     """
     y[sorted row] = act(W_expert x[sorted row]) for every tile of the runs, each written once.
@@ -269,6 +285,7 @@ def divided_gemm(
     for each kind of rows; `y_ptr` [rows, n]; the tables of the schedule, of
     which `walk_ptr` two counters; `RUNS` as `kernels_hopper_ring.FIELDS`. An expert that sees every token has the last
     descriptors and scales, and `always`: its first sorted row, and [tokens, its n] where its results are `apart`.
+    `leads` says whether the next launch may begin while this one's last tiles are multiplied.
     """
     LAST: gl.constexpr = run(RUNS, -1)
     BARRIERS: gl.constexpr = LAST[FIRST] + LAST[STAGES]
@@ -285,6 +302,7 @@ def divided_gemm(
     low = (low0, low1, low2, low3, low4)
     wide = (wide0, wide1, wide2, wide3, wide4)
     narrow = (narrow0, narrow1, narrow2, narrow3, narrow4)
+    _wait()
     tables = (base_ptr, hold(ends_ptr, len(RUNS) + 1), band_ptr, bands, walk_ptr)
     ring = (small, big, ss, full, empty)
     post = _post()
@@ -292,7 +310,7 @@ def divided_gemm(
         [
             (_multiply, (tall, low, wide, arena, bias_ptr, x_scales, y_ptr, tables, ring, post, always, RUNS, 0)),
             (_multiply, (tall, low, wide, arena, bias_ptr, x_scales, y_ptr, tables, ring, post, always, RUNS, 1)),
-            (_load, (tall, low, wide, narrow, metas, tables, ring, post, always, RUNS)),
+            (_load, (tall, low, wide, narrow, metas, tables, ring, post, always, leads, RUNS)),
         ],
         [4, 1],
         [240, 24],

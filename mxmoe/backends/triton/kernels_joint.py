@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from mxmoe.backends.triton.kernels import combine
+from mxmoe.backends.triton.kernels_chain import wait_and_lead
 from mxmoe.backends.triton.prepare import prepare_row
 
 
@@ -18,6 +19,7 @@ def prepare_both(
     PTX: tl.constexpr,
 ) -> None:  # fmt: skip
     """Prepare `first` rows of K channels, and behind them rows of WIDE_K, one program each; see `prepare_row`."""
+    wait_and_lead(PTX)
     program = tl.program_id(0)
     if program < first:
         prepare_row(program, x_ptr, codes, scales, hadamard_ptr, K, BLOCK, KINDS, TURN, PTX)

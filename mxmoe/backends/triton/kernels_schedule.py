@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from mxmoe.backends.triton.interpreter import mend_interpreter
+from mxmoe.backends.triton.kernels_chain import wait_and_lead
 
 mend_interpreter()
 
@@ -163,9 +164,10 @@ def few_kernel(
     index_ptr: tl.tensor, words_ptr: tl.tensor, constants_ptr: tl.tensor, rows: tl.tensor, tokens: tl.tensor,
     row_stride: tl.tensor, bands0: tl.tensor, bands1: tl.tensor, E: tl.constexpr, ALWAYS: tl.constexpr,
     EP: tl.constexpr, CP: tl.constexpr, HEAD: tl.constexpr, SETS: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, COUNT: tl.constexpr,
+    CHUNK: tl.constexpr, COUNT: tl.constexpr, PTX: tl.constexpr,
 ) -> None:  # fmt: skip
     """The whole schedule in one launch of `few_programs(dispatch)`."""
+    wait_and_lead(PTX)
     schedule_part(
         tl.program_id(0), index_ptr, words_ptr, constants_ptr, rows, tokens, row_stride, bands0, bands1,
         E, ALWAYS, EP, CP, HEAD, SETS, ROWS, CHUNK, COUNT,
@@ -175,9 +177,10 @@ def few_kernel(
 @triton.jit
 def count_kernel(
     index_ptr: tl.tensor, scratch_ptr: tl.tensor, rows: tl.tensor, tokens: tl.tensor, E: tl.constexpr,
-    ALWAYS: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
+    ALWAYS: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
 ) -> None:  # fmt: skip
     """Many rows, first launch: scratch [blocks, EP] = assignments of a block by expert."""
+    wait_and_lead(PTX)
     block = tl.program_id(0)
     last = tl.minimum((block + 1) * BLOCK, rows)
     counts = _count(index_ptr, block * BLOCK, last, tokens, E, ALWAYS, EP, BLOCK)
@@ -226,8 +229,10 @@ def many_kernel(
     tokens: tl.tensor, row_stride: tl.tensor, bands0: tl.tensor, bands1: tl.tensor, blocks: tl.tensor,
     E: tl.constexpr, ALWAYS: tl.constexpr, EP: tl.constexpr, CP: tl.constexpr, HEAD: tl.constexpr, SETS: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr, PART_COUNT: tl.constexpr,
+    PTX: tl.constexpr,
 ) -> None:  # fmt: skip
     """Many rows, second launch: bands in the first PART_COUNT programs, a block of rows in each other."""
+    wait_and_lead(PTX)
     program = tl.program_id(0)
     block = program - PART_COUNT
     e = tl.arange(0, EP)

@@ -8,12 +8,11 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mxmoe.backends.triton import kernels, prepare
 from mxmoe.backends.triton.dispatch import Dispatch, Tables, power_of_two_from
-from mxmoe.backends.triton.mode import interpreting, programs_at_once
+from mxmoe.backends.triton.mode import interpreting, overlap, programs_at_once, ptx_of
 from mxmoe.backends.triton.operands import Epilogue, Matrices, Rows
 from mxmoe.backends.triton.rows import RowKind
 from mxmoe.backends.triton.schedule import (
@@ -69,8 +68,7 @@ class _Room:
     @classmethod
     def beside(cls, x: Tensor, kinds: tuple[RowKind, ...], turn: int) -> _Room:
         """Make room for the kinds that rows [rows, k] are not of already."""
-        todo = [kind for kind in kinds if turn or kind.format not in ("bf16", "fp16") or kind.dtype != x.dtype]
-        return cls.of(x, tuple(todo), len(x))
+        return cls.of(x, tuple(kind for kind in kinds if turn or not is_plain(kind, x.dtype)), len(x))
 
     def rows(self, x: Tensor, kinds: tuple[RowKind, ...]) -> Rows:
         """Give every kind its rows; those that were there already are `x`."""
@@ -88,6 +86,11 @@ class _Room:
     def specs(self) -> tuple[tuple[int, float, int], ...]:
         """What the kernel is compiled for."""
         return tuple(kind.spec for kind in self.kinds)
+
+
+def is_plain(kind: RowKind, dtype: torch.dtype) -> bool:
+    """Say whether rows of a type are of a kind as they are."""
+    return kind.format in ("bf16", "fp16") and kind.dtype == dtype
 
 
 def _row_warps(block: int) -> int:
@@ -108,8 +111,8 @@ def make_rows(x: Tensor, kinds: tuple[RowKind, ...], turn: int = 0) -> Rows:
         block = max(room.block, 16 * turn)
         _PREPARE.prepare_rows[(len(x),)](
             x, room.codes, room.scales, hadamard(turn, x.dtype, x.device) if turn else x,
-            x.shape[1], block, room.specs, turn, not interpreting(),
-            num_warps=_row_warps(block),
+            x.shape[1], block, room.specs, turn, ptx_of(x.device),
+            num_warps=_row_warps(block), **overlap(x.device, len(x)),
         )  # fmt: skip
     return room.rows(x, kinds)
 
@@ -131,7 +134,8 @@ def sort_rows(tables: Tables, x: Tensor, kinds: tuple[RowKind, ...]) -> Rows:
         _PREPARE.prepare_sorted[(len(x),)](
             x, room.codes, room.scales, tables.table("place_of"), dispatch.assignments, dispatch.tokens,
             dispatch.top_k, dispatch.always, _places(dispatch),
-            x.shape[1], room.block, room.specs, not interpreting(), num_warps=_row_warps(room.block),
+            x.shape[1], room.block, room.specs, ptx_of(x.device),
+            num_warps=_row_warps(room.block), **overlap(x.device),
         )  # fmt: skip
     return room.rows(x, kinds)
 
@@ -168,7 +172,8 @@ def begin(tables: Tables, index: Tensor, x: Tensor, kinds: tuple[RowKind, ...], 
     first, k = few_programs(dispatch), x.shape[1]
     _PREPARE.begin[(first + len(x),)](
         *few_arguments(tables, index), first, x, room.codes, room.scales,
-        k, room.block, room.specs, not interpreting(), is_sorted, dispatch.top_k, _places(dispatch), num_warps=8,
+        k, room.block, room.specs, ptx_of(x.device), is_sorted, dispatch.top_k, _places(dispatch), num_warps=8,
+        **overlap(x.device),
     )  # fmt: skip
     return room.rows(x, kinds)
 
@@ -181,7 +186,7 @@ def hadamard(turn: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def run_gemm(
     matrices: Matrices, config: Config, rows: Rows, tables: Tables, which: int, out: Tensor, epilogue: Epilogue,
-    *, gather: bool, compile_only: bool = False,
+    *, gather: bool, few_next: bool = False, compile_only: bool = False,
 ) -> None:  # fmt: skip
     """
     Multiply every scheduled row by its expert's weights.
@@ -194,13 +199,15 @@ def run_gemm(
         out: [parts, sorted rows, n] to write.
         epilogue: the nonlinearity, or none.
         gather: whether a sorted row reads its token's activations, or its own.
+        few_next: whether the next launch is no GEMM, and may begin while this one ends (`kernels_chain`).
         compile_only: only compile what would be launched; tensors may then lie anywhere and hold anything.
     """
     if reads_sorted(config):
         from mxmoe.backends.triton import hopper  # its kernels are no Python that the interpreter runs
 
         assert not gather, f"rows of a launch with {config.warps} warps are sorted by expert"
-        hopper.run_hopper(matrices, config, rows, tables, which, out, epilogue, compile_only=compile_only)
+        options = {"few_next": few_next, "compile_only": compile_only}
+        hopper.run_hopper(matrices, config, rows, tables, which, out, epilogue, **options)
         return
     gemm, dispatch = matrices.gemm, tables.dispatch
     _, classes = classes_of(gemm, config)
@@ -221,18 +228,20 @@ def run_gemm(
         tables.words[first_band:], dispatch.bands(which), out,
         dispatch.assignments, dispatch.tokens, out.stride(0),
         classes, dispatch.class_width, config.grouping, len(gemm.schemes), dispatch.top_k,
-        gather, gemm.gated, bias is not None, epilogue.act, p, q, gemm.n, out.shape[-1], not interpreting(),
-        config.per_sm > 0, num_warps=config.warps, **options,
+        gather, gemm.gated, bias is not None, epilogue.act, p, q, gemm.n, out.shape[-1], ptx_of(out.device),
+        config.per_sm > 0, num_warps=config.warps, **options, **overlap(out.device),
     )  # fmt: skip
 
 
 def run_combine(y: Tensor, place_of: Tensor, weights: Tensor | None, out: Tensor, top_k: int) -> None:
     """Sum a token's choices: y [parts, rows, h], places int32 [tokens * top_k], weights [tokens, top_k] or None."""
     tokens, h = out.shape
-    block = min(triton.next_power_of_2(h), 1024)
-    _KERNELS.combine[(tokens, triton.cdiv(h, block))](
+    block = min(power_of_two_from(h), 1024)
+    blocks = -(-h // block)
+    _KERNELS.combine[(tokens, blocks)](
         y, place_of, y if weights is None else weights, out, y.stride(0),
-        top_k, weights is not None, len(y), h, block, not interpreting(), num_warps=4,
+        top_k, weights is not None, len(y), h, block, ptx_of(out.device),
+        num_warps=4, **overlap(out.device, tokens * blocks),
     )  # fmt: skip
 
 

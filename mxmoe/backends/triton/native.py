@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mxmoe.backends.triton.choose_ada import arch_of
 from mxmoe.backends.triton.dispatch import Tables
 from mxmoe.backends.triton.int4 import Int4Bands, Int4Options, int4_group_gemm
 from mxmoe.backends.triton.int4_pack import (
@@ -33,7 +32,7 @@ from mxmoe.backends.triton.int4_pack import (
     unpair,
 )
 from mxmoe.backends.triton.launch import make_rows, run_gemm
-from mxmoe.backends.triton.mode import interpreting
+from mxmoe.backends.triton.mode import HOPPER, arch_of, interpreting
 from mxmoe.backends.triton.operands import Epilogue, Matrices, Rows
 from mxmoe.backends.triton.rows import RowKind
 from mxmoe.backends.triton.tiles import Config, Gemm
@@ -43,7 +42,7 @@ from mxmoe.quant import Quantized
 
 def has_int4_units(device: torch.device) -> bool:
     """Say whether launches on a device multiply 4-bit integers: on sm_80 to sm_89, or what is told to decide so."""
-    return not interpreting() and arch_of(device) < 90
+    return not interpreting() and arch_of(device) < HOPPER
 
 
 def native_schemes(gemm: Gemm, act: str) -> tuple[Scheme, ...]:
@@ -131,17 +130,17 @@ class Int4Experts:
 
 def multiply(
     matrices: Matrices, config: Config, rows: Rows, tables: Tables, which: int, out: Tensor, epilogue: Epilogue,
-    *, gather: bool, x: Tensor, turn: int = 0,
+    *, gather: bool, x: Tensor, turn: int = 0, few_next: bool = False,
 ) -> None:  # fmt: skip
     """
     Multiply every scheduled row by its expert's weights: the common launch, and one for each scheme on INT4 units.
 
     Args:
-        matrices, config, tables, which, out, epilogue, gather: as for `launch.run_gemm`.
+        matrices, config, tables, which, out, epilogue, gather, few_next: as for `launch.run_gemm`.
         rows: `x` in the kinds of rows of the common launch.
         x: [rows, k], which experts on INT4 units quantize for themselves, turned by blocks of `turn` channels.
     """
     if matrices.gemm.row_kinds:
-        run_gemm(matrices, config, rows, tables, which, out, epilogue, gather=gather)
+        run_gemm(matrices, config, rows, tables, which, out, epilogue, gather=gather, few_next=few_next)
     for experts in matrices.int4 if len(x) else ():
         experts.run(x, tables, which, out[0], epilogue, gather=gather, turn=turn)

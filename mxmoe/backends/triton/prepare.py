@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from mxmoe.backends.triton.decode import cast
+from mxmoe.backends.triton.kernels_chain import wait_and_lead
 from mxmoe.backends.triton.kernels_schedule import place_few, schedule_part
 
 CAST, INTEGER, E4M3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -170,6 +171,7 @@ def prepare_rows(
     K: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, TURN: tl.constexpr, PTX: tl.constexpr,
 ) -> Any:  # fmt: skip
     """One program a row; see `prepare_row`."""
+    wait_and_lead(PTX)
     prepare_row(tl.program_id(0), x_ptr, codes, scales, hadamard_ptr, K, BLOCK, KINDS, TURN, PTX)
 
 
@@ -190,6 +192,7 @@ def prepare_sorted(
     K: tl.constexpr, BLOCK: tl.constexpr, KINDS: tl.constexpr, PTX: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program a token, which is written where each of its `rows` lies sorted by expert."""
+    wait_and_lead(PTX)
     token = tl.program_id(0)
     flat, inside = _flat_rows(token, rows, tokens, TOP_K, ALWAYS, PLACES)
     places = tl.load(place_ptr + flat, mask=inside, other=-1)
@@ -211,6 +214,7 @@ def begin(
 
     SORTED writes a token as `prepare_sorted` does; which places those are its program counts by itself.
     """
+    wait_and_lead(PTX)
     program = tl.program_id(0)
     if program < first:
         schedule_part(

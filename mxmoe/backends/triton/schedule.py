@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mxmoe.backends.triton.dispatch import Dispatch, Tables, power_of_two_from
 from mxmoe.backends.triton.kernels_schedule import count_kernel, few_kernel, many_kernel
+from mxmoe.backends.triton.mode import overlap, ptx_of
 from mxmoe.errors import BadDispatch
 
 FEW_ASSIGNMENTS = 2048
@@ -89,25 +90,26 @@ def build(tables: Tables, top_k_index: Tensor) -> None:
     """
     dispatch = tables.dispatch
     _check(tables, top_k_index)
-    arguments = few_arguments(tables, top_k_index)
+    arguments, device = few_arguments(tables, top_k_index), tables.words.device
     if not tables.scratch.numel():
-        _launch(FEW_WARPS, few_kernel, few_programs(dispatch), *arguments)
+        _launch(device, FEW_WARPS, few_kernel, few_programs(dispatch), *arguments)
         return
     blocks = -(-dispatch.assignments // MANY_ROWS)
     always_blocks = -(-dispatch.always * dispatch.tokens // MANY_ROWS)
     sizes = (dispatch.experts, dispatch.always, dispatch.expert_width)
     _launch(
-        *(MANY_WARPS, count_kernel, blocks, top_k_index, tables.scratch),
+        *(device, MANY_WARPS, count_kernel, blocks, top_k_index, tables.scratch),
         *(dispatch.assignments, dispatch.tokens, *sizes, MANY_ROWS),
     )
+    programs = PARTS + blocks + always_blocks
     _launch(
-        *(MANY_WARPS, many_kernel, PARTS + blocks + always_blocks, *arguments[:3], tables.scratch, *arguments[3:8]),
+        *(device, MANY_WARPS, many_kernel, programs, *arguments[:3], tables.scratch, *arguments[3:8]),
         *(blocks, *arguments[8:14], MANY_ROWS, MANY_CHUNK, max(16, MANY_COUNTS // dispatch.expert_width), PARTS),
     )
 
 
-def _launch(warps: int, kernel: Any, programs: int, *arguments: object) -> None:  # noqa: ANN401  # Triton's kernels are untyped
-    kernel[(programs,)](*arguments, num_warps=warps)
+def _launch(device: torch.device, warps: int, kernel: Any, programs: int, *arguments: object) -> None:  # noqa: ANN401  # Triton's kernels are untyped
+    kernel[(programs,)](*arguments, ptx_of(device), num_warps=warps, **overlap(device))
 
 
 def _check(tables: Tables, index: Tensor) -> None:

@@ -31,7 +31,7 @@ DATA = Path(__file__).parent / "tuned"
 """Folder of shipped files, `<kind of GPU>.json`."""
 WHOLE, DIVIDED = "whole", "divided"
 KERNELS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    WHOLE: ("group_gemm", ("bodies", "decode", "kernels", "kernels_schedule", "schedule")),
+    WHOLE: ("group_gemm", ("bodies", "decode", "kernels", "kernels_chain", "kernels_schedule", "schedule")),
     DIVIDED: (
         "divided_gemm",
         (

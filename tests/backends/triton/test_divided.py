@@ -227,10 +227,10 @@ def test_a_profile_is_of_what_will_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert gain > 1.5
 
 
-def whole_instead(matrices: Any, config: Config, *given: Any, compile_only: bool = False) -> None:  # noqa: ANN401
+def whole_instead(matrices: Any, config: Config, *given: Any, **options: bool) -> None:  # noqa: ANN401
     """Stand in for `hopper.run_hopper`: the whole kernel, in the same tiles."""
     assert reads_sorted(config)
-    run_gemm(matrices, replace(config, warps=8, per_sm=0), *given, gather=False, compile_only=compile_only)
+    run_gemm(matrices, replace(config, warps=8, per_sm=0), *given, gather=False, **options)
 
 
 @pytest.fixture
@@ -238,9 +238,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Divide whatever fits, by a kernel that can be interpreted; gives the configs of its launches."""
     ran: list[Config] = []
 
-    def run(matrices: Any, config: Config, *given: Any, compile_only: bool = False) -> None:  # noqa: ANN401
+    def run(matrices: Any, config: Config, *given: Any, **options: bool) -> None:  # noqa: ANN401
         ran.append(config)
-        whole_instead(matrices, config, *given, compile_only=compile_only)
+        whole_instead(matrices, config, *given, **options)
 
     monkeypatch.setattr(hopper, "run_hopper", run)
     monkeypatch.setattr(hopper, "ENOUGH_ROWS", {"dense": 0.0, "nibbles": 0.0, "scaled": 0.0})
@@ -306,8 +306,8 @@ def test_the_clock_charges_sorting_and_compares_results(
     assert len(stand_in) == 4
     assert len(asked) == (5 if gated else 3), "how long sorting takes is measured once"
 
-    def wrong(*given: Any, compile_only: bool = False) -> None:  # noqa: ANN401
-        whole_instead(*given, compile_only=compile_only)
+    def wrong(*given: Any, **options: bool) -> None:  # noqa: ANN401
+        whole_instead(*given, **options)
         given[5].mul_(1.1)
 
     monkeypatch.setattr(hopper, "run_hopper", wrong)

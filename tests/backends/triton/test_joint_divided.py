@@ -63,11 +63,12 @@ def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def defined(
     matrices: Matrices, config: Config, rows: Rows, tables: Tables, which: int, out: Tensor, epilogue: Epilogue,
-    *, compile_only: bool = False,
+    *, few_next: bool = False, compile_only: bool = False,
 ) -> None:  # fmt: skip
     """Stand in for `hopper.run_hopper`: what its launch means, expert by expert, from what that gives its kernel."""
     assert reads_sorted(config)
     assert not compile_only
+    assert few_next or which == 0, "what follows down is no GEMM"
     gemm, dispatch = matrices.gemm, tables.dispatch
     always = hopper.Always.of(gemm, rows, dispatch, out)
     runs = [dict(zip(FIELDS, run, strict=True)) for run in hopper_runs.runs(matrices, config, epilogue)]

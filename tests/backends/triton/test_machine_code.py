@@ -20,9 +20,10 @@ import triton  # noqa: F401
 
 from mxmoe.backends.triton.ahead import Binary, compile_all
 from mxmoe.backends.triton.binaries import gemm_request
-from mxmoe.backends.triton.choose_ada import HEIGHTS, REGIMES, RESIDENT_WARPS, ada_config, arch_of, config_for
+from mxmoe.backends.triton.choose_ada import HEIGHTS, REGIMES, RESIDENT_WARPS, ada_config, config_for
 from mxmoe.backends.triton.cubin import LARGEST_PROGRAM_BYTES, occupancy
 from mxmoe.backends.triton.layout import body_of
+from mxmoe.backends.triton.mode import arch_of
 from mxmoe.backends.triton.tiles import Gemm
 from mxmoe.device import unit_of
 from mxmoe.ir import Scheme

@@ -20,6 +20,7 @@ from triton import knobs
 from mxmoe.backends.triton import kernels_schedule, schedule
 from mxmoe.backends.triton.ahead import compile_ahead
 from mxmoe.backends.triton.dispatch import Dispatch, Tables, TileClass, Tiling
+from mxmoe.backends.triton.mode import ptx_for
 from mxmoe.backends.triton.schedule import allocate, build, build_reference
 from mxmoe.errors import BadDispatch
 
@@ -262,6 +263,7 @@ def test_kernels_compile_without_local_memory_to_speak_of(arch: int, name: str) 
     kernel = getattr(kernels_schedule, name)
     sizes = {"E": 60, "ALWAYS": 1, "EP": 64, "CP": 8, "HEAD": 160, "SETS": 2, "ROWS": 32, "COUNT": 4096}
     sizes |= {"CHUNK": 256 if name == "few_kernel" else 32, "BLOCK": 256, "BLOCKS": 32, "PART_COUNT": 8}
+    sizes["PTX"] = ptx_for(arch)
     names = kernel.arg_names
     kinds = {one: "constexpr" if one in sizes else "*i32" if one.endswith("_ptr") else "i32" for one in names}
     kinds["index_ptr"] = "*i64"
