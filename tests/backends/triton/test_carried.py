@@ -73,6 +73,8 @@ def test_machine_code_is_that_of_ada(mixed: Mapping[str, Kernel]) -> None:
         assert (kernel.arch, facts.arch) == (ADA, ADA)
         assert facts.spill_loads == facts.spill_stores == 0
         assert facts.shared_bytes <= LARGEST_PROGRAM_BYTES[ADA]
+        assert "griddepcontrol" not in kernel.ptx
+        assert not kernel.metadata["launch_pdl"]
         assert (facts.count("IMMA.16864.S4.S4") > 0) == name.startswith("int4_kernel")
         assert (facts.count("IMMA.16832.S8.S8") > 0) == name.startswith("group_gemm")
 

@@ -68,6 +68,15 @@ def test_machine_code_is_that_of_the_divided_kernel(names: tuple[str, ...]) -> N
             assert facts.stack_bytes <= (ONE_SCALAR if len(names) > 1 else 0)
 
 
+@pytest.mark.parametrize("names", MIXES, ids="+".join)
+def test_every_launch_begins_early_and_waits_for_the_one_before(names: tuple[str, ...]) -> None:
+    for kernel in carried(*names).values():
+        assert kernel.metadata["launch_pdl"], kernel.name
+        wait, lead = (kernel.ptx.find(f"griddepcontrol.{word}") for word in ("wait", "launch_dependents"))
+        assert 0 < wait < lead, f"{kernel.name} lets others begin only when what came before it is done"
+        assert kernel.ptx.find("ld.global") > wait, f"{kernel.name} reads nothing before"
+
+
 def code_of_multiplying_warps(facts: CubinFacts) -> list[str]:
     """Opcodes, to their first dots, outside of what stands between the changes of registers around all copies."""
     code = [opcode.partition(".")[0] for opcode in facts.code]

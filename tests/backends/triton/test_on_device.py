@@ -120,6 +120,29 @@ def test_a_graph_is_replayed_over_changing_routings(tokens: int) -> None:
         assert replayed.isfinite().all()
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 100, 600])
+@pytest.mark.parametrize("names", ["bf16", "w8a8_sym+w4a8_g128_sym", "w4a16_g128_asym+w8a8_e4m3"])
+def test_launches_that_overlap_equal_launches_one_by_one(names: str, tokens: int) -> None:
+    """Calls in a row use each other's memory again: a launch that began too early would read or overwrite it."""
+    small = Small(tuple(map(Scheme.parse, names.split("+"))), 256, 384, 8, 2)
+    run = Pair.of(small).triton["mlp"]
+    drawn = [(small.tokens(tokens, seed), *_tensors(small.routing(tokens, seed))) for seed in range(12)]
+    calls = [[tensor.cuda() for tensor in one] for one in drawn]
+    wanted: list[torch.Tensor] = []
+    for call in calls:
+        wanted.append(run("routed", *call).clone())
+        torch.cuda.synchronize()
+    assert any(not torch.equal(wanted[0], other) for other in wanted[1:]), "calls that cannot be told apart"
+    in_a_row = [run("routed", *call) for call in calls]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [run("routed", *call) for call in calls]
+    for _ in range(20):
+        graph.replay()
+    for made in (in_a_row, captured):
+        assert all(map(torch.equal, made, wanted))
+
+
 @pytest.mark.filterwarnings("ignore")  # inductor's own
 def test_torch_compile_sees_one_graph() -> None:
     run = Pair.of(MIXED).triton["mlp"]
