@@ -23,6 +23,7 @@ from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 import mxmoe
+from mxmoe.backends.triton.choose import by_rule
 from mxmoe.backends.triton.joint import MOST_TOKENS
 from mxmoe.backends.triton.launch import reads_sorted
 
@@ -37,10 +38,10 @@ CALLS, REPLAYS = 10, 20
 MOST_ERROR = 0.01
 
 
-def block() -> nn.Module:
-    """Random weights on the GPU."""
+def block(device: str = "cuda") -> nn.Module:
+    """Random weights."""
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(device):
         made = Qwen2MoeSparseMoeBlock(Qwen2MoeConfig(**SIZES)).to(torch.bfloat16).eval()
     with torch.no_grad():
         for parameter in made.parameters():
@@ -67,13 +68,15 @@ def time_us(run: Any, args: Sequence[Tensor]) -> float:  # noqa: ANN401  # an ex
     return start.elapsed_time(end) * 1e3 / (CALLS * REPLAYS)
 
 
-def ways(run: Any, tokens: int) -> dict[str, Any]:  # noqa: ANN401
+def ways(run: Any, tokens: int, top_k: int) -> dict[str, Any]:  # noqa: ANN401
     """Name every way to run a block: one bank after the other first."""
     found = {"apart_us": replace(run, joint=None)}
     if run.joins(tokens):
         found["joined_us"] = run
     if tokens <= MOST_TOKENS:
-        found["joined_whole_us"] = replace(run, joint=replace(run.joint, divides=False, chosen={}, constants={}))
+        whole = tuple(by_rule(one.gemm, tokens, top_k) for one in (run.joint.entry, run.joint.down))
+        joint = replace(run.joint, chosen={(tokens, top_k): whole}, constants={})
+        found["joined_whole_us"] = replace(run, joint=joint)
     return found
 
 
@@ -83,10 +86,9 @@ def compare(run: Any, tokens: int) -> dict[str, Any]:  # noqa: ANN401
     hidden = torch.randn((tokens, SIZES["hidden_size"]), device="cuda", dtype=torch.bfloat16)
     index = torch.rand((tokens, experts), device="cuda").topk(top_k).indices
     args = (hidden, index, torch.rand((tokens, top_k), device="cuda").softmax(-1))
-    run = replace(run, joint=replace(run.joint, divides=True, chosen={}, constants={}))
     found: dict[str, Any] = {"divided": [reads_sorted(config) for config in run.joint.configs(tokens, top_k)]}
     apart: dict[str, Tensor] = {}
-    for name, way in ways(run, tokens).items():
+    for name, way in ways(run, tokens, top_k).items():
         made = way.run_block(*args)
         apart = apart or made
         for bank, meant in apart.items():
