@@ -19,9 +19,9 @@ from moe_contender import check_block, sample, silu_mul
 from moe_workloads import Cell, relative_error
 from torch import Tensor
 
+from mxmoe.backends.triton.bank import Bank
 from mxmoe.backends.triton.choose_ada import config_for
 from mxmoe.backends.triton.dispatch import Dispatch
-from mxmoe.backends.triton.executable import Bank
 from mxmoe.backends.triton.launch import Epilogue, Matrices, make_rows, reads_sorted, run_gemm, sort_rows
 from mxmoe.backends.triton.layout import Arena, allocate_arena, meta_bytes, payload_bytes
 from mxmoe.backends.triton.schedule import allocate, build

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from xdsl.ir import SSAValue
 
-from mxmoe.backends.triton.executable import Bank, TritonExecutable
+from mxmoe.backends.triton.bank import Bank
+from mxmoe.backends.triton.executable import TritonExecutable
+from mxmoe.backends.triton.int4_experts import Int4Experts
 from mxmoe.backends.triton.joint import JOINED, Joint
 from mxmoe.backends.triton.launch import FUSED, TURNS, Matrices
 from mxmoe.backends.triton.layout import allocate_arena, arena_bytes, put
-from mxmoe.backends.triton.native import Int4Experts, has_int4_units, native_schemes
+from mxmoe.backends.triton.native import has_int4_units, native_schemes
 from mxmoe.backends.triton.tiles import Gemm
 from mxmoe.errors import BadWeightShape
 from mxmoe.ir import Bank as BankOps

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mxmoe.backends.triton import kernels_joint
+from mxmoe.backends.triton.bank import Bank
 from mxmoe.backends.triton.choose_ada import config_for
 from mxmoe.backends.triton.dispatch import Dispatch, Tables, power_of_two_from
 from mxmoe.backends.triton.launch import (
@@ -33,9 +34,6 @@ from mxmoe.backends.triton.layout import Arena
 from mxmoe.backends.triton.mode import overlap, ptx_of
 from mxmoe.backends.triton.rows import RowKind
 from mxmoe.backends.triton.tiles import Config, Gemm, classes_of
-
-if TYPE_CHECKING:
-    from mxmoe.backends.triton.executable import Bank
 
 # a launch takes options that are no arguments of the kernel
 _KERNELS: Any = kernels_joint

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mxmoe.backends.triton.int4_experts import Int4Experts
 from mxmoe.backends.triton.layout import Arena
 from mxmoe.backends.triton.tiles import Gemm
 from mxmoe.quant import Quantized
-
-if TYPE_CHECKING:
-    from mxmoe.backends.triton.native import Int4Experts
 
 
 @dataclass(frozen=True, eq=False)
