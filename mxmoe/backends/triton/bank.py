@@ -16,12 +16,12 @@ from mxmoe.backends.triton.launch import (
     Matrices,
     act_in_torch,
     begin,
-    is_plain,
     make_rows,
     reads_sorted,
     room_for_tables,
     run_combine,
     sort_rows,
+    to_make,
 )
 from mxmoe.backends.triton.native import multiply
 from mxmoe.backends.triton.schedule import allocate, build
@@ -113,10 +113,9 @@ class Bank:
             epilogue = Epilogue(self.act, tuple(self.act_params.values()))
             is_sorted = reads_sorted(configs[0])
             read = begin(tables, index, hidden, kinds, is_sorted=is_sorted)
-            few_next = self.turn > 0 or not all(is_plain(kind, act.dtype) for kind in self.down.gemm.row_kinds)
             multiply(
-                self.entries[0], configs[0], read, tables, 0, act, epilogue,
-                gather=not is_sorted, x=hidden, few_next=few_next,
+                self.entries[0], configs[0], read, tables, 0, act, epilogue, gather=not is_sorted, x=hidden,
+                few_next=bool(to_make(self.down.gemm.row_kinds, act.dtype, self.turn)),
             )  # fmt: skip
             made["act"] = act[0]
         else:

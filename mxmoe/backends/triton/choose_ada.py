@@ -15,7 +15,7 @@ from triton import knobs
 from mxmoe.backends.triton import int4
 from mxmoe.backends.triton.choose import by_rule, mean_rows
 from mxmoe.backends.triton.layout import body_of, unit_channels
-from mxmoe.backends.triton.mode import arch_of
+from mxmoe.backends.triton.mode import HOPPER, arch_of
 from mxmoe.backends.triton.tiles import Config, Gemm, Shape
 from mxmoe.backends.triton.tuned import DIVIDED, Tuned, tuned_config, tuned_for
 from mxmoe.ir import Scheme
@@ -43,7 +43,7 @@ def config_for(gemm: Gemm, tokens: int, top_k: int, device: torch.device, *, is_
     On sm_90 that may be tiles of the divided kernel, but for launches that want another end than its own (`is_plain`).
     """
     arch = arch_of(device)
-    divides = not is_plain and arch == 90 and _divides(device)
+    divides = not is_plain and arch == HOPPER and _divides(device)
     # what a device was measured with says nothing of the kernels that it is told to take for another
     tuned = None if knobs.runtime.override_arch else tuned_for(device)
     return choose(gemm, tokens, top_k, arch, tuned, divides=divides)
@@ -85,7 +85,7 @@ def choose(gemm: Gemm, tokens: int, top_k: int, arch: int, tuned: Tuned | None, 
 
 def config_for_arch(gemm: Gemm, tokens: int, top_k: int, arch: int) -> Config:
     """Choose as `config_for` does, by the compute capability times ten."""
-    return ada_config(gemm, mean_rows(gemm, tokens, top_k)) if arch < 90 else by_rule(gemm, tokens, top_k)
+    return ada_config(gemm, mean_rows(gemm, tokens, top_k)) if arch < HOPPER else by_rule(gemm, tokens, top_k)
 
 
 @lru_cache(maxsize=4096)

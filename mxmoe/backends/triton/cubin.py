@@ -12,7 +12,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -64,13 +63,8 @@ class CubinFacts:
     """Local memory of a thread: spilled registers and arrays that no register holds."""
     shared_bytes: int
     """Shared memory of a program, static and dynamic, without what the system reserves."""
-    code: tuple[str, ...] = field(repr=False)
-    """Opcodes with their modifiers, e.g. `IMMA.16832.S8.S8.SAT`, as they stand in the code."""
-
-    @cached_property
-    def instructions(self) -> Mapping[str, int]:
-        """Opcode -> how often it stands in the code."""
-        return MappingProxyType(Counter(self.code))
+    instructions: Mapping[str, int] = field(repr=False)
+    """Opcode with its modifiers, e.g. `IMMA.16832.S8.S8.SAT` -> how often it stands in the code."""
 
     def count(self, stem: str) -> int:
         """Count instructions by their first parts: "IMMA" and "IMMA.16832.S8.S8" both take IMMA.16832.S8.S8.SAT."""
@@ -110,8 +104,8 @@ def read_cubin(cubin: bytes, *, dynamic_shared_bytes: int = 0) -> CubinFacts:
     capability = int(arch[1])
     # from sm_90 on the tool counts the reserved memory as the kernel's own
     static -= RESERVED_SHARED_BYTES if capability >= 90 else 0
-    code = tuple(_INSTRUCTION.findall(done.stdout))
-    return CubinFacts(capability, registers, stack, static + dynamic_shared_bytes, code)
+    instructions = Counter(_INSTRUCTION.findall(done.stdout))
+    return CubinFacts(capability, registers, stack, static + dynamic_shared_bytes, MappingProxyType(instructions))
 
 
 def occupancy(facts: CubinFacts, num_warps: int) -> int:

@@ -24,11 +24,12 @@ from mxmoe.backends.triton.launch import (
     Matrices,
     Rows,
     begin,
+    columns_of,
     hadamard,
-    is_plain,
     reads_sorted,
     room_for_tables,
     run_gemm,
+    to_make,
 )
 from mxmoe.backends.triton.layout import Arena
 from mxmoe.backends.triton.mode import overlap, ptx_of
@@ -129,18 +130,17 @@ class Joint:
         act = hidden.new_empty((1, tables.dispatch.beyond + tokens * (wide // narrow), narrow), dtype=dtype)
         is_sorted = reads_sorted(configs[0])
         read = begin(tables, index, hidden, self.entry.gemm.row_kinds, is_sorted=is_sorted)
-        plain = not any(self.turns) and all(is_plain(kind, dtype) for kind in self.down.gemm.row_kinds)
-        run_gemm(
-            self.entry, configs[0], read, tables, 0, act, self.epilogue, gather=not is_sorted, few_next=not plain
-        )  # fmt: skip
         gemm = self.down.gemm
+        few_next = bool(to_make(gemm.row_kinds, dtype, max(self.turns)))
+        run_gemm(
+            self.entry, configs[0], read, tables, 0, act, self.epilogue, gather=not is_sorted, few_next=few_next
+        )  # fmt: skip
         parts = max(configs[1].shape(scheme).parts for scheme in gemm.distinct)
         dtype = torch.float32 if parts > 1 else dtype
         y = torch.empty((parts, tables.dispatch.rows, gemm.n), dtype=dtype, device=act.device)
         read = self._down_rows(act.view(-1), tables.dispatch)
         run_gemm(self.down, configs[1], read, tables, 1, y, Epilogue(), gather=False, few_next=True)
-        block = min(power_of_two_from(gemm.n), 1024)
-        blocks = -(-gemm.n // block)
+        block, blocks = columns_of(gemm.n)
         _KERNELS.combine_both[(tokens, blocks)](
             y, tables.table("place_of"), weights, routed, shared, tokens * top_k, y.stride(0),
             top_k, parts, gemm.n, block, ptx_of(act.device),
@@ -164,8 +164,9 @@ class Joint:
         none = torch.empty(0, dtype=torch.float32, device=act.device)
         codes, scales = dict[RowKind, Tensor](), dict[RowKind, Tensor]()
         parts: tuple[list[tuple[RowKind, Tensor, Tensor]], ...] = ([], [])
+        made = to_make(self.down.gemm.row_kinds, act.dtype, max(self.turns))
         for kind in self.down.gemm.row_kinds:
-            if is_plain(kind, act.dtype) and not any(self.turns):
+            if kind not in made:
                 codes[kind], scales[kind] = act, none
                 continue
             groups = [-(-width // kind.group) if kind.group else 1 for width in self.widths]

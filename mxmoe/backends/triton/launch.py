@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -68,7 +68,7 @@ class _Room:
     @classmethod
     def beside(cls, x: Tensor, kinds: tuple[RowKind, ...], turn: int) -> _Room:
         """Make room for the kinds that rows [rows, k] are not of already."""
-        return cls.of(x, tuple(kind for kind in kinds if turn or not is_plain(kind, x.dtype)), len(x))
+        return cls.of(x, to_make(kinds, x.dtype, turn), len(x))
 
     def rows(self, x: Tensor, kinds: tuple[RowKind, ...]) -> Rows:
         """Give every kind its rows; those that were there already are `x`."""
@@ -88,9 +88,9 @@ class _Room:
         return tuple(kind.spec for kind in self.kinds)
 
 
-def is_plain(kind: RowKind, dtype: torch.dtype) -> bool:
-    """Say whether rows of a type are of a kind as they are."""
-    return kind.format in ("bf16", "fp16") and kind.dtype == dtype
+def to_make(kinds: Sequence[RowKind], dtype: torch.dtype, turn: int = 0) -> tuple[RowKind, ...]:
+    """Name the kinds that rows of a type are not of as they are, turned by blocks of `turn` channels first, if any."""
+    return tuple(kind for kind in kinds if turn or kind.format not in ("bf16", "fp16") or kind.dtype != dtype)
 
 
 def _row_warps(block: int) -> int:
@@ -233,11 +233,16 @@ def run_gemm(
     )  # fmt: skip
 
 
+def columns_of(h: int) -> tuple[int, int]:
+    """Channels of a program that sums a token's choices, and how many programs take all `h`."""
+    block = min(power_of_two_from(h), 1024)
+    return block, -(-h // block)
+
+
 def run_combine(y: Tensor, place_of: Tensor, weights: Tensor | None, out: Tensor, top_k: int) -> None:
     """Sum a token's choices: y [parts, rows, h], places int32 [tokens * top_k], weights [tokens, top_k] or None."""
     tokens, h = out.shape
-    block = min(power_of_two_from(h), 1024)
-    blocks = -(-h // block)
+    block, blocks = columns_of(h)
     _KERNELS.combine[(tokens, blocks)](
         y, place_of, y if weights is None else weights, out, y.stride(0),
         top_k, weights is not None, len(y), h, block, ptx_of(out.device),

@@ -19,6 +19,7 @@ import torch
 
 from mxmoe.backends.triton.choose_ada import choose
 from mxmoe.backends.triton.measure import gpu_divides, read_rows, sweep
+from mxmoe.backends.triton.mode import HOPPER
 from mxmoe.backends.triton.tiles import DIVIDED_WARPS, Config, Gemm
 from mxmoe.backends.triton.tune import TOKENS, WORKLOADS
 from mxmoe.backends.triton.tuned import Tuned, for_device, parse_config, spell_config
@@ -35,8 +36,6 @@ POOL = (
     *("w4a16_g128_asym", "w3a16_g128_asym", "w2a16_g128_asym"),
 )
 """Schemes of random mixes: what target triton-sm90 chooses from."""
-ARCH = 90
-"""Compute capability, times ten, whose rule chooses where nothing was measured."""
 MIXES = 5
 """Random mixes of each product and number of tokens; the last is of w4a8 with integer scales and w8a8."""
 
@@ -77,7 +76,7 @@ def profile_jobs(
 
 def chosen(gemm: Gemm, tokens: int, top_k: int, tuned: Tuned | None, *, divides: bool = False) -> Config:
     """Choose the config of a launch as `choose_ada.config_for` does: `divides` says whether `hopper.py` runs there."""
-    return choose(gemm, tokens, top_k, ARCH, tuned, divides=divides)
+    return choose(gemm, tokens, top_k, HOPPER, tuned, divides=divides)
 
 
 def _is_divided(row: Mapping[str, str]) -> bool:

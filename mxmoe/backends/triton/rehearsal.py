@@ -37,12 +37,13 @@ from mxmoe.backends.triton import choose_ada
 from mxmoe.backends.triton.backend import Outline
 from mxmoe.backends.triton.carried import Job, Kernel
 from mxmoe.backends.triton.executable import TritonExecutable
+from mxmoe.backends.triton.mode import HOPPER
 from mxmoe.backends.triton.tuned import for_device
 from mxmoe.ir import MoeOp, banks, moe_ops, parse_ir
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 """Type of tokens in the text of a module -> torch's."""
-GPUS = {90: "NVIDIA H200"}
+GPUS = {HOPPER: "NVIDIA H200"}
 """Capability -> the GPU that is rehearsed, as CUDA names it, where there are measured tiles."""
 
 

@@ -184,7 +184,7 @@ def test_a_missing_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_occupancy(arch: int, registers: int, shared: int, warps: int, programs: int) -> None:
-    assert occupancy(CubinFacts(arch, registers, 0, shared, ()), warps) == programs
+    assert occupancy(CubinFacts(arch, registers, 0, shared, {}), warps) == programs
 
 
 def test_limits_agree_with_the_device_rows() -> None:
